@@ -1,0 +1,72 @@
+# Every target does its own set-up: a virtual environment, the dependencies and the native library. A second call is
+# quick: ninja compiles only the sources that changed.
+#
+#   make demo     fill real photos, and measure this library against the naive op on this machine
+#   make test     the test suite, without the tests marked slow
+#   make bench    the benchmarks and the slow tests
+#   make lint     ruff, mypy, clang-format
+#   make build    set up, and compile what changed
+#   make clean    remove what was built; the virtual environment stays
+#
+# VENV=<folder> uses another virtual environment, PYTHON=<interpreter> the Python to make it with. A torch that is
+# already in the environment is kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# On Linux the ordinary wheel of torch brings gigabytes of CUDA libraries, which only a machine with a GPU can use.
+TORCH_VERSION ?= 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BENCH_JSON ?= build/benchmark.json
+
+INSTALLED := $(VENV)/.inpaint-kernels-installed
+COMPILED := $(VENV)/.inpaint-kernels-compiled
+
+.PHONY: demo test bench lint build clean
+
+demo: build
+	$(PY) benches/demo.py
+
+test: build
+	$(PY) -m pytest -q -m "not slow"
+
+bench: build
+	$(PY) -m pytest benches --benchmark-json=$(BENCH_JSON)
+	$(PY) -m pytest -q -m slow
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+build: $(COMPILED)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f inpaint_kernels/libinpaint_native.so inpaint_kernels/_build.json $(COMPILED)
+	find benches inpaint_kernels models tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(PY)
+	$(PIP) install --quiet --upgrade "pip>=24" "setuptools>=77" wheel "ninja>=1.11"
+	$(PY) -c "import torch" 2>/dev/null || $(MAKE) --no-print-directory torch
+	$(PIP) install --quiet --no-build-isolation --editable ".[cli,dev]"
+	touch $@
+
+.PHONY: torch
+torch:
+	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+	  $(PIP) install --quiet "torch==$(TORCH_VERSION)"; \
+	else \
+	  $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+	  $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" --index-url $(TORCH_CPU_INDEX); \
+	fi
+
+$(COMPILED): setup.py $(shell find csrc -type f) | $(INSTALLED)
+	$(PY) setup.py --quiet build_native --inplace
+	touch $@

@@ -1,0 +1,43 @@
+"""Settings and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter; it reads this when a kernel is defined, so before any
+# test module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+THREADS = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason=f"needs a CUDA device, torch {torch.__version__} sees none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Every test starts from the same random state and the same number of threads."""
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills uninitialised memory, native kernels' too, with NaN (integers: the largest), so that a gap is seen."""
+    mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
