@@ -1,0 +1,1 @@
+"""The fast algorithms in plain torch operations: bounded memory, any device."""

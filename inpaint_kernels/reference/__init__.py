@@ -1,0 +1,1 @@
+"""Plain PyTorch references, written to be read beside the papers; the judge in the tests."""
