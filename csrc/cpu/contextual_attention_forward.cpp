@@ -1,0 +1,182 @@
+// contextual_attention, forward, on the CPU.
+//
+// Strip by strip of output cells: (1) the logits of the strip's queries against all keys, (2) their softmax in place,
+// (3) piece by piece of the key cells, the diagonal sums of the probabilities and their product with the value cells.
+#include "contextual_attention.h"
+
+namespace inpaint {
+namespace {
+
+constexpr int64_t kAccumulatorBytes = 192 << 10;  // output cells of one task, resident in L2 beside the tiles
+
+// y[cells, columns] of one task and its scatter into the output.
+template <class T>
+class CellPaste {
+ public:
+  CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const CellPanels<T>& values,
+            const PixelWeights<T>& weights)
+      : inputs_(inputs), group_(group), values_(values), weights_(weights), columns_(values.panels() * kTileColumns<T>),
+        groups_per_task_(std::clamp<int64_t>(kAccumulatorBytes / (columns_ * kTileRows * sizeof(T)), 1, 8)),
+        pieces_(key_pieces(cell_grid(inputs.keys, inputs.reach()))) {}
+
+  void paste(const AttentionStrip<T>& strip, const StripCells& part, T* output) const {
+    const int64_t total = static_cast<int64_t>(part.cells.size()), per_task = groups_per_task_ * kTileRows;
+    std::vector<Worker> workers(worker_count());
+    run_tasks(ceil_div(total, per_task), [&](int64_t w, int64_t task) {
+      Worker& worker = workers[w];
+      if (worker.tiles.empty()) {
+        worker.sums = Buffer<T>(per_task * columns_);
+        for (int64_t g = 0; g < groups_per_task_; ++g)
+          worker.tiles.emplace_back(strip, part.queries, inputs_.queries, inputs_.reach());
+      }
+      const int64_t begin = task * per_task, end = std::min(total, begin + per_task);
+      std::fill_n(worker.sums.get(), per_task * columns_, T(0));
+      accumulate(worker, part.cells.data() + begin, end - begin);
+      scatter(worker, part.cells.data() + begin, end - begin, output);
+    });
+  }
+
+ private:
+  struct Worker {
+    std::vector<DiagonalTile<T>> tiles;
+    Buffer<T> sums;
+  };
+
+  void accumulate(Worker& worker, const int64_t* cells, int64_t count) const {
+    const int64_t groups = ceil_div(count, kTileRows), cell_width = inputs_.keys.width + inputs_.reach() - 1;
+    for (const KeyPiece& piece : pieces_) {
+      bool any = false;
+      std::vector<uint8_t> active(groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        active[g] = worker.tiles[g].build(cells + g * kTileRows, std::min<int64_t>(kTileRows, count - g * kTileRows),
+                                          group_, piece.top, piece.left, piece.width, piece.length);
+        any |= active[g];
+      }
+      if (!any) continue;
+      for (int64_t j = 0; j < values_.panels(); ++j) {
+        const T* panel = values_.panel(j) + piece.first_cell(cell_width) * kTileColumns<T>;
+        for (int64_t g = 0; g < groups; ++g) {
+          if (!active[g]) continue;
+          const DiagonalTile<T>& tile = worker.tiles[g];
+          multiply_tile(tile.tile(), panel, tile.inner(), tile.count(),
+                        worker.sums.get() + g * kTileRows * columns_ + j * kTileColumns<T>, columns_, true);
+        }
+      }
+    }
+  }
+
+  void scatter(const Worker& worker, const int64_t* cells, int64_t count, T* output) const {
+    const CellPixels pixels = inputs_.output_pixels(group_);
+    const int64_t phases = static_cast<int64_t>(group_.phases.size()), plane = pixels.height * pixels.width;
+    const int64_t cell_width = inputs_.queries.width + inputs_.reach() - 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* sums = worker.sums.get() + i * columns_;
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const int64_t pixel = pixels.pixel(cells[i] / cell_width, cells[i] % cell_width, phase);
+        if (pixel < 0) continue;
+        const T weight = weights_(pixel);
+        if (weight == 0) continue;
+        for (int64_t c = 0; c < pixels.channels; ++c) output[c * plane + pixel] = weight * sums[c * phases + phase];
+      }
+    }
+  }
+
+  const AttentionInputs<T>& inputs_;
+  const PhaseGroup& group_;
+  const CellPanels<T>& values_;
+  const PixelWeights<T>& weights_;
+  int64_t columns_, groups_per_task_;
+  std::vector<KeyPiece> pieces_;
+};
+
+// The most attended key of every selected query of the strip. Queries at the border of two strips are written twice,
+// with the same values.
+template <class T>
+void write_matches(const AttentionStrip<T>& strip, const PositionList& queries, const bool* selected, int64_t* index,
+                   T* maximum) {
+  run_tasks(queries.size(), [&](int64_t, int64_t i) {
+    const int64_t p = queries[i];
+    if (selected && !selected[p]) return;
+    std::tie(index[p], maximum[p]) = strip.most_attended(i);
+  });
+}
+
+template <class T>
+struct ForwardOutputs {
+  T* output;
+  int64_t* index;  // null: not wanted
+  T* maximum;
+};
+
+template <class T>
+void attend(const AttentionInputs<T>& inputs, const T* query, const T* key, const T* value, const T* norm,
+            const KeyLogits<T>& logits, const bool* selected, const ForwardOutputs<T>& out) {
+  const Semantics& semantics = inputs.semantics;
+  const KeyPanels<T> keys(key, inputs.channels, inputs.keys);
+  const Buffer<T> inverse_norm = reciprocals(norm, inputs.keys.count());
+  const GridSize key_cells = cell_grid(inputs.keys, inputs.reach());
+  const std::vector<PhaseGroup> groups = phase_groups(semantics);
+  const PixelWeights<T> weights(inputs.queries, semantics, selected);
+  std::vector<CellPanels<T>> values;
+  std::vector<CellPaste<T>> pastes;
+  values.reserve(groups.size());
+  for (const PhaseGroup& group : groups) {
+    values.emplace_back(value, inputs.value_pixels(group), key_cells.width, key_cells.count());
+    pastes.emplace_back(inputs, group, values.back(), weights);
+  }
+  const std::vector<StripCells> parts = cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries,
+                                                   inputs.reach(), inputs.capacity(kStripBytes));
+  int64_t capacity = 0;
+  for (const StripCells& part : parts) capacity = std::max(capacity, part.queries.size());
+  AttentionStrip<T> strip(capacity, inputs.keys, inputs.reach());
+  for (const StripCells& part : parts) {
+    stop_if_interrupted();
+    strip.compute(QueryPlan(part.queries, inputs.queries, semantics.patch, semantics.fuse), query, keys,
+                  inverse_norm.get(), logits, semantics);
+    for (const CellPaste<T>& paste : pastes) paste.paste(strip, part, out.output);
+    if (out.index) write_matches(strip, part.queries, selected, out.index, out.maximum);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> contextual_attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& valid,
+    const std::optional<Tensor>& key_scale, const std::optional<Tensor>& key_bias,
+    const std::optional<Tensor>& selected, int64_t patch, const std::string& norm_rule, double eps, int64_t fuse,
+    double scale, const std::string& masking, double fill, std::optional<double> floor, int64_t rate,
+    int64_t paste_size, int64_t pad_cut, int64_t pad_put, double divisor, bool return_offsets) {
+  const Semantics semantics{patch, fuse, scale, parse_masking(masking), fill, floor.value_or(-1.0),
+                            rate, paste_size, pad_cut, pad_put, divisor};
+  const int64_t batch = query.size(0);
+  const std::vector<int64_t> match_shape =
+      return_offsets ? std::vector<int64_t>{batch, query.size(2), query.size(3)} : std::vector<int64_t>{0};
+  Tensor output = torch::stable::new_zeros(value, {batch, value.size(1), rate * query.size(2), rate * query.size(3)});
+  Tensor index = torch::stable::fill_(torch::stable::new_empty(query, match_shape, ScalarType::Long), -1);
+  Tensor maximum = torch::stable::new_zeros(query, match_shape);
+  const Tensor norm = contextual_attention_key_norm(key, patch, norm_rule, eps);
+  dispatch_float_double(query.scalar_type(), "query", [&](auto zero) {
+    using T = decltype(zero);
+    const AttentionInputs<T> inputs(query, key, value, semantics);
+    const bool* wanted = selected ? static_cast<const bool*>(selected->data_ptr()) : nullptr;
+    for (int64_t b = 0; b < batch; ++b) {
+      const KeyLogits<T> logits(semantics, inputs.keys.count(), sample_of<bool>(valid, b), sample_of<T>(key_scale, b),
+                                sample_of<T>(key_bias, b));
+      const int64_t matches = inputs.queries.count() * b;
+      attend(inputs, query.const_data_ptr<T>() + b * inputs.channels * inputs.queries.count(),
+             key.const_data_ptr<T>() + b * inputs.channels * inputs.keys.count(),
+             value.const_data_ptr<T>() + b * inputs.value_channels * inputs.value_height * inputs.value_width,
+             norm.const_data_ptr<T>() + b * inputs.keys.count(), logits, wanted,
+             ForwardOutputs<T>{output.mutable_data_ptr<T>() + b * output.size(1) * output.size(2) * output.size(3),
+                               return_offsets ? index.mutable_data_ptr<int64_t>() + matches : nullptr,
+                               return_offsets ? maximum.mutable_data_ptr<T>() + matches : nullptr});
+    }
+  });
+  return {output, index, maximum};
+}
+
+}  // namespace inpaint
+
+STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CPU, m) {
+  m.impl("contextual_attention_forward", TORCH_BOX(&inpaint::contextual_attention_forward));
+}

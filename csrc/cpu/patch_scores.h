@@ -1,0 +1,432 @@
+// Patch scores of query positions against all keys, key row by key row, in memory that does not grow with the keys.
+//
+// Pixel correlations G(p, q) = <query[p], key[q]> of one key row are a matrix product. Everything after it is a sum along
+// diagonals, where p and q step together:
+//   H(p, q)  = sum_dx G(p + (0, dx), q + (0, dx))        the patch, horizontally (in the worker's scratch)
+//   S0(p, q) = sum_dy H(p + (dy, 0), q + (dy, 0)) / n_q  the patch, vertically
+//   T(p, q)  = sum_d  S0(R_d p, R_d q)                   the fuse's row-major pass
+//   S(p, q)  = sum_e  T(C_e p, C_e q)                    the fuse's column-major pass
+// On the query side a step is a look-up in an index list, so borders, the fuse's wrap-around, boxes and scattered queries
+// are all the same code. On the key side it is a shift of a contiguous row, or another key row out of a short ring.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../common.h"
+#include "../math/contextual_attention.h"
+#include "simd.h"
+#include "tile_gemm.h"
+
+namespace inpaint {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kRowsPerBlock = 192;  // a multiple of kTileRows whose correlations with a key row fit in L2
+
+constexpr int kMaxPatch = 63, kMaxFuse = 63;    // sources of one diagonal sum
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Memory that is not initialised, or zeroed on request; for trivially constructible types.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size, bool zeroed = false)
+      : data_(static_cast<T*>(std::aligned_alloc(kAlignment, round_up(std::max<int64_t>(size, 1) * sizeof(T), kAlignment)))) {
+    STD_TORCH_CHECK(data_ != nullptr, "inpaint_kernels: out of memory, ", size * sizeof(T), " bytes were needed");
+    if (zeroed) std::memset(data_.get(), 0, size * sizeof(T));
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+struct GridSize {
+  int64_t height, width;
+  int64_t count() const { return height * width; }
+};
+
+// The optional per-key tensors [B or 1, hk, wk] of a call, for one sample (a batch of 1 serves all).
+template <class T>
+const T* sample_of(const std::optional<Tensor>& tensor, int64_t sample) {
+  if (!tensor) return nullptr;
+  const int64_t size = tensor->size(1) * tensor->size(2);
+  return static_cast<const T*>(tensor->data_ptr()) + (tensor->size(0) > 1 ? sample * size : 0);
+}
+
+// ---- Keys --------------------------------------------------------------------------------------------------------
+
+// Key features [C, hk, wk] as panels for multiply_tile: [hk][panels][C][kTileColumns], zero beyond the last column.
+template <class T>
+class KeyPanels {
+ public:
+  KeyPanels(const T* key, int64_t channels, GridSize grid)
+      : channels_(channels), panels_(ceil_div(grid.width, kTileColumns<T>)), data_(grid.height * row_size(), true) {
+    run_tasks(grid.height, [&](int64_t, int64_t v) {
+      for (int64_t j = 0; j < panels_; ++j) {
+        const int64_t first = j * kTileColumns<T>, count = std::min<int64_t>(kTileColumns<T>, grid.width - first);
+        for (int64_t c = 0; c < channels; ++c)
+          std::copy_n(key + c * grid.count() + v * grid.width + first, count,
+                      data_.get() + v * row_size() + (j * channels + c) * kTileColumns<T>);
+      }
+    });
+  }
+  int64_t channels() const { return channels_; }
+  int64_t panels() const { return panels_; }
+  const T* panel(int64_t key_row, int64_t j) const {
+    return data_.get() + key_row * row_size() + j * channels_ * kTileColumns<T>;
+  }
+
+ private:
+  int64_t row_size() const { return panels_ * channels_ * kTileColumns<T>; }
+  int64_t channels_, panels_;
+  Buffer<T> data_;
+};
+
+// ---- Queries -----------------------------------------------------------------------------------------------------
+
+constexpr int32_t kNowhere = -1;
+
+// A sorted list of grid positions with the inverse map.
+class PositionList {
+ public:
+  PositionList() = default;
+  explicit PositionList(const std::vector<uint8_t>& wanted) : local_(wanted.size(), kNowhere) {
+    for (size_t p = 0; p < wanted.size(); ++p) {
+      if (!wanted[p]) continue;
+      local_[p] = static_cast<int32_t>(positions_.size());
+      positions_.push_back(static_cast<int64_t>(p));
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(positions_.size()); }
+  int64_t operator[](int64_t i) const { return positions_[i]; }
+  // Where a position stands in the list; kNowhere for one that is not in it or negative.
+  int32_t local(int64_t position) const { return position < 0 ? kNowhere : local_[position]; }
+
+ private:
+  std::vector<int64_t> positions_;
+  std::vector<int32_t> local_;
+};
+
+// The queries each pass needs so that `scores` are complete, and where each finds its terms in the list before it.
+struct QueryPlan {
+  GridSize grid;
+  int before, after;  // reach of the patch around its position
+  int half;           // reach of the fuse, 0: none
+  PositionList scores, columns, rows, patches;   // S, T, S0 and H
+  std::vector<std::vector<int32_t>> column_terms;  // [e][i]: C_e of scores[i] in columns
+  std::vector<std::vector<int32_t>> row_terms;     // [d][i]: R_d of columns[i] in rows
+  std::vector<std::vector<int32_t>> patch_terms;   // [dy][i]: rows[i] + (dy, 0) in patches
+
+  QueryPlan(PositionList wanted, GridSize size, int64_t patch, int64_t fuse)
+      : grid(size),
+        before(static_cast<int>((patch - 1) / 2)),
+        after(static_cast<int>(patch - 1) - before),
+        half(static_cast<int>(fuse / 2)),
+        scores(std::move(wanted)) {
+    const auto column = [&](int64_t p, int e) { return column_neighbour(p, e, grid.height, grid.width); };
+    const auto row = [&](int64_t p, int d) { return row_neighbour(p, d, grid.count()); };
+    const auto below = [&](int64_t p, int dy) {
+      const int64_t q = p + dy * grid.width;
+      return q >= 0 && q < grid.count() ? q : kNowhere;
+    };
+    columns = neighbours(scores, -half, half, column);
+    rows = neighbours(columns, -half, half, row);
+    patches = neighbours(rows, -before, after, below);
+    column_terms = terms(scores, columns, -half, half, column);
+    row_terms = terms(columns, rows, -half, half, row);
+    patch_terms = terms(rows, patches, -before, after, below);
+  }
+
+ private:
+  template <class Step>
+  PositionList neighbours(const PositionList& list, int first, int last, const Step& step) const {
+    std::vector<uint8_t> wanted(grid.count(), 0);
+    for (int64_t i = 0; i < list.size(); ++i)
+      for (int d = first; d <= last; ++d)
+        if (const int64_t q = step(list[i], d); q >= 0) wanted[q] = 1;
+    return PositionList(wanted);
+  }
+  template <class Step>
+  static std::vector<std::vector<int32_t>> terms(const PositionList& list, const PositionList& source, int first,
+                                                 int last, const Step& step) {
+    std::vector<std::vector<int32_t>> result;
+    for (int d = first; d <= last; ++d) {
+      auto& found = result.emplace_back(list.size());
+      for (int64_t i = 0; i < list.size(); ++i) found[i] = source.local(step(list[i], d));
+    }
+    return result;
+  }
+};
+
+// Consecutive pieces of a list of `count` rows.
+struct Blocks {
+  int64_t rows_per_block, total;
+  int64_t count() const { return ceil_div(total, rows_per_block); }
+  int64_t begin(int64_t block) const { return block * rows_per_block; }
+  int64_t end(int64_t block) const { return std::min(total, (block + 1) * rows_per_block); }
+};
+
+// One block of QueryPlan::patches with the queries whose correlations it needs, packed as tiles for multiply_tile.
+template <class T>
+struct CorrelationBlock {
+  int64_t groups = 0;                              // of kTileRows correlation rows
+  std::vector<std::vector<int32_t>> terms;         // [dx][i]: row of the correlations, kNowhere outside the map
+  Buffer<T> tiles;                                 // [groups][chunks of kTileInner channels][kTileSize]
+};
+
+// Blocks are cut at the ends of grid rows where that is possible: there the patch has no neighbours to share.
+inline Blocks patch_blocks(const QueryPlan& plan) {
+  const int64_t width = plan.grid.width;
+  const int64_t rows = width >= kRowsPerBlock ? ceil_div(width, ceil_div(width, kRowsPerBlock + kRowsPerBlock / 2))
+                                              : ceil_div(kRowsPerBlock, width) * width;
+  return {rows, plan.patches.size()};
+}
+
+template <class T>
+CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int64_t end, const T* query,
+                                      int64_t channels) {
+  CorrelationBlock<T> block;
+  const GridSize grid = plan.grid;
+  const auto beside = [&](int64_t p, int dx) -> int64_t {
+    const int64_t x = p % grid.width + dx;
+    return x >= 0 && x < grid.width ? p + dx : kNowhere;
+  };
+  std::vector<int64_t> needed;
+  for (int64_t i = begin; i < end; ++i)
+    for (int dx = -plan.before; dx <= plan.after; ++dx)
+      if (const int64_t p = beside(plan.patches[i], dx); p >= 0) needed.push_back(p);
+  std::sort(needed.begin(), needed.end());
+  needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
+  const auto local = [&](int64_t p) {
+    return p < 0 ? kNowhere
+                 : static_cast<int32_t>(std::lower_bound(needed.begin(), needed.end(), p) - needed.begin());
+  };
+  for (int dx = -plan.before; dx <= plan.after; ++dx) {
+    auto& found = block.terms.emplace_back(end - begin);
+    for (int64_t i = begin; i < end; ++i) found[i - begin] = local(beside(plan.patches[i], dx));
+  }
+  const int64_t chunks = ceil_div(channels, kTileInner), count = static_cast<int64_t>(needed.size());
+  block.groups = ceil_div(count, kTileRows);
+  block.tiles = Buffer<T>(block.groups * chunks * kTileSize<T>, true);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = query + c * grid.count();
+    T* column = block.tiles.get() + c / kTileInner * kTileSize<T> + c % kTileInner;
+    for (int64_t i = 0; i < count; ++i)
+      column[(i / kTileRows) * chunks * kTileSize<T> + i % kTileRows * kTileStride] = plane[needed[i]];
+  }
+  return block;
+}
+
+// ---- The sweep ---------------------------------------------------------------------------------------------------
+
+// Rings of one value per (query of a list, key of one key row), a slab per key row, with zeros around each row's keys.
+template <class T>
+class SlabRing {
+ public:
+  SlabRing() = default;
+  SlabRing(int64_t slabs, int64_t rows, int64_t width, int64_t border)
+      : slabs_(slabs), rows_(rows), border_(round_up(border, kLanes<T>)),
+        stride_(2 * border_ + round_up(width, kLanes<T>)), data_(slabs * rows * stride_, true) {}
+  T* row(int64_t slab, int64_t i) const {
+    return data_.get() + (slab % slabs_ * rows_ + i) * stride_ + border_;
+  }
+
+ private:
+  int64_t slabs_ = 1, rows_ = 0, border_ = 0, stride_ = 0;
+  Buffer<T> data_;
+};
+
+// Runs the passes over all key rows and hands every finished row S(p, key row v) to `emit(v, i, row)`, i indexing
+// plan.scores, row of wk values. For one i the calls come one after the other, in an order of v that is always the same
+// (with a fuse, the first fuse / 2 key rows come last).
+template <class T>
+class ScoreSweep {
+ public:
+  // query [C, hq, wq]; inverse_norm [hk, wk] or null for 1.
+  ScoreSweep(const QueryPlan& plan, const T* query, const KeyPanels<T>& keys, GridSize key_grid, const T* inverse_norm)
+      : plan_(plan), keys_(keys), grid_(key_grid), inverse_norm_(inverse_norm), patch_blocks_(patch_blocks(plan)),
+        column_blocks_{kRowsPerBlock, plan.columns.size()}, score_blocks_{kRowsPerBlock, plan.scores.size()},
+        inner_(std::min<int64_t>(kTileInner, keys.channels())), workers_(worker_count()) {
+    blocks_.resize(patch_blocks_.count());
+    run_tasks(patch_blocks_.count(), [&](int64_t, int64_t b) {
+      blocks_[b] = correlation_block(plan_, patch_blocks_.begin(b), patch_blocks_.end(b), query, keys.channels());
+    });
+    for (int64_t k = 0; k < static_cast<int64_t>(inner_.size()); ++k) inner_[k] = static_cast<int32_t>(k);
+    allocate();
+  }
+
+  template <class Emit>
+  void run(const Emit& emit) {
+    // One parallel region per key row: each pass works on a key row whose terms the regions before it have finished.
+    // T of a key row is complete one region after it was summed (its last keys take terms from the next key row).
+    const int64_t tasks = std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()});
+    const int64_t sum_lag = plan_.after + 1, emit_lag = plan_.half ? sum_lag + plan_.half + 2 : sum_lag;
+    for (int64_t v = 0; v < grid_.height + emit_lag; ++v) {
+      const int64_t summed = v - sum_lag, fused = v - emit_lag;
+      run_tasks(tasks, [&](int64_t worker, int64_t b) {
+        if (v < grid_.height && b < patch_blocks_.count()) correlate(worker, b, v);
+        if (summed >= 0 && summed < grid_.height && b < column_blocks_.count()) {
+          if (plan_.half)
+            sum_patches_and_fuse_rows(worker, b, summed);
+          else
+            emit_patch_sums(worker, b, summed, emit);
+        }
+        if (plan_.half && fused >= plan_.half && b < score_blocks_.count()) fuse_columns(worker, b, fused, emit);
+      });
+    }
+    for (int64_t v = 0; v < std::min<int64_t>(plan_.half, grid_.height); ++v)
+      run_tasks(score_blocks_.count(), [&](int64_t worker, int64_t b) { fuse_columns(worker, b, v, emit); });
+  }
+
+ private:
+  void allocate() {
+    const int64_t width = grid_.width, half = plan_.half;
+    correlation_border_ = round_up(std::max(plan_.before, plan_.after), kLanes<T>);
+    correlation_stride_ = 2 * correlation_border_ + keys_.panels() * kTileColumns<T>;
+    int64_t groups = 0;
+    for (const auto& block : blocks_) groups = std::max(groups, block.groups);
+    patch_ring_ = SlabRing<T>(plan_.before + plan_.after + 2, plan_.patches.size(), width, 0);
+    if (half) {
+      kept_ = std::min<int64_t>(2 * half, grid_.height);
+      kept_columns_ = SlabRing<T>(kept_, plan_.columns.size(), width, half);
+      column_ring_ = SlabRing<T>(2 * half + 3, plan_.columns.size(), width, half);
+      row_ends_ = Buffer<T>(plan_.columns.size() * half, true);
+    }
+    for (int64_t w = 0; w < workers_; ++w) {
+      correlations_.emplace_back(groups * kTileRows * correlation_stride_, true);
+      line_.emplace_back(round_up(width, kLanes<T>));
+      if (half) rows_.emplace_back(1, kRowsPerBlock * (2 * half + 1), width, half);
+    }
+  }
+
+  // The ring slab of T that holds key row v; the first ones are kept, the last key rows wrap around to them.
+  T* column_row(int64_t v, int64_t i) const { return v < kept_ ? kept_columns_.row(v, i) : column_ring_.row(v, i); }
+
+  // H of one block of queries with key row v.
+  void correlate(int64_t worker, int64_t b, int64_t v) {
+    const CorrelationBlock<T>& block = blocks_[b];
+    const int64_t channels = keys_.channels(), chunks = ceil_div(channels, kTileInner);
+    T* correlations = correlations_[worker].get() + correlation_border_;
+    for (int64_t j = 0; j < keys_.panels(); ++j) {
+      for (int64_t g = 0; g < block.groups; ++g) {
+        T* to = correlations + g * kTileRows * correlation_stride_ + j * kTileColumns<T>;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t first = chunk * kTileInner;
+          multiply_tile(block.tiles.get() + (g * chunks + chunk) * kTileSize<T>,
+                        keys_.panel(v, j) + first * kTileColumns<T>, inner_.data(),
+                        static_cast<int>(std::min<int64_t>(kTileInner, channels - first)), to, correlation_stride_,
+                        chunk > 0);
+        }
+      }
+    }
+    std::vector<const T*> sources(block.terms.size());
+    for (int64_t i = patch_blocks_.begin(b); i < patch_blocks_.end(b); ++i) {
+      for (size_t j = 0; j < sources.size(); ++j) {
+        const int32_t row = block.terms[j][i - patch_blocks_.begin(b)];
+        sources[j] = row < 0 ? nullptr : correlations + row * correlation_stride_ + static_cast<int64_t>(j) - plan_.before;
+      }
+      sum_rows(patch_ring_.row(v, i), sources.data(), static_cast<int>(sources.size()), grid_.width);
+    }
+  }
+
+  // S0 of query plan.rows[i] with key row v.
+  void sum_patch(int64_t v, int64_t i, T* to) const {
+    const T* sources[kMaxPatch];
+    int count = 0;
+    for (int dy = -plan_.before; dy <= plan_.after; ++dy) {
+      const int32_t row = plan_.patch_terms[dy + plan_.before][i];
+      if (row >= 0 && v + dy >= 0 && v + dy < grid_.height) sources[count++] = patch_ring_.row(v + dy, row);
+    }
+    sum_rows(to, sources, count, grid_.width);
+    if (inverse_norm_) multiply_row(to, inverse_norm_ + v * grid_.width, grid_.width);
+  }
+
+  template <class Emit>
+  void emit_patch_sums(int64_t worker, int64_t b, int64_t v, const Emit& emit) {
+    for (int64_t i = column_blocks_.begin(b); i < column_blocks_.end(b); ++i) {
+      sum_patch(v, i, line_[worker].get());
+      emit(v, i, line_[worker].get());
+    }
+  }
+
+  // T of one block with key row v, but for the keys past its end, which the next key row's scores complete.
+  void sum_patches_and_fuse_rows(int64_t worker, int64_t b, int64_t v) {
+    const int half = plan_.half;
+    const int64_t width = grid_.width, begin = column_blocks_.begin(b), end = column_blocks_.end(b);
+    const auto [first, last] = row_range(begin, end);
+    const SlabRing<T>& scores = rows_[worker];
+    for (int64_t i = first; i < last; ++i) sum_patch(v, i, scores.row(0, i - first));
+    const T* sources[kMaxFuse];
+    for (int64_t i = begin; i < end; ++i) {
+      for (int d = -half; d <= half; ++d) {
+        const int32_t row = plan_.row_terms[d + half][i];
+        sources[d + half] = row < 0 ? nullptr : scores.row(0, row - first) + d;
+      }
+      T* to = column_row(v, i);
+      sum_rows(to, sources, 2 * half + 1, width);
+      T* ends = row_ends_.get() + i * half;  // what the previous key row's last scores add to this one's first
+      for (int u = 0; u < half; ++u) to[u] += ends[u];
+      std::fill_n(ends, half, T(0));
+      for (int d = 1; d <= half; ++d) {
+        if (sources[half - d])
+          for (int u = 0; u < d; ++u) ends[u] += sources[half - d][width + u];
+        if (v > 0 && sources[half + d])
+          for (int u = 0; u < d; ++u) column_row(v - 1, i)[width - d + u] += sources[half + d][u - d];
+      }
+    }
+  }
+
+  // The rows of S0 that T of [begin, end) sums: a consecutive piece of the list.
+  std::pair<int64_t, int64_t> row_range(int64_t begin, int64_t end) const {
+    int64_t first = plan_.rows.size(), last = 0;
+    for (const auto& terms : plan_.row_terms) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (terms[i] < 0) continue;
+        first = std::min<int64_t>(first, terms[i]);
+        last = std::max<int64_t>(last, terms[i] + 1);
+      }
+    }
+    return {first, last};
+  }
+
+  // S of one block with key row v.
+  template <class Emit>
+  void fuse_columns(int64_t worker, int64_t b, int64_t v, const Emit& emit) {
+    const int half = plan_.half;
+    const T* sources[kMaxFuse];
+    T* line = line_[worker].get();
+    for (int64_t i = score_blocks_.begin(b); i < score_blocks_.end(b); ++i) {
+      for (int e = -half; e <= half; ++e) {
+        const int32_t row = plan_.column_terms[e + half][i];
+        const int64_t wrap = v + e < 0 ? -1 : v + e >= grid_.height ? 1 : 0;
+        sources[e + half] = row < 0 ? nullptr : column_row(v + e - wrap * grid_.height, row) + wrap;
+      }
+      sum_rows(line, sources, 2 * half + 1, grid_.width);
+      emit(v, i, line);
+    }
+  }
+
+  const QueryPlan& plan_;
+  const KeyPanels<T>& keys_;
+  GridSize grid_;
+  const T* inverse_norm_;
+  Blocks patch_blocks_, column_blocks_, score_blocks_;
+  std::vector<int32_t> inner_;
+  int64_t workers_, kept_ = 0, correlation_border_ = 0, correlation_stride_ = 0;
+  std::vector<CorrelationBlock<T>> blocks_;
+  SlabRing<T> patch_ring_, column_ring_, kept_columns_;
+  Buffer<T> row_ends_;                  // [columns][half]
+  std::vector<Buffer<T>> correlations_, line_;  // per worker
+  std::vector<SlabRing<T>> rows_;               // per worker
+};
+
+}  // namespace inpaint

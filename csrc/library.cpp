@@ -1,0 +1,25 @@
+// Schemas of all native kernels. They are private: the public ops, inpaint_kernels::<op>, are declared in
+// inpaint_kernels/ops/<op>.py, where their arguments are documented and checked. Each kernel file registers its own
+// implementations; inpaint_kernels/_native.py lists which (op, dispatch key) pairs must exist after loading.
+#include "common.h"
+
+STABLE_TORCH_LIBRARY(inpaint_native, m) {
+  // csrc/{cpu,cuda}/contextual_attention: key [B, C, H, W] -> norm [B, H, W], rule in {none, add, max, sum}.
+  m.def("contextual_attention_key_norm(Tensor key, int patch, str rule, float eps) -> Tensor");
+  // csrc/cpu/contextual_attention_{forward,backward}: inpaint_kernels/ops/contextual_attention.py documents the arguments.
+  m.def(
+      "contextual_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? valid, Tensor? key_scale, "
+      "Tensor? key_bias, Tensor? queries, int patch, str norm, float eps, int fuse, float scale, str masking, float fill, "
+      "float? floor, int rate, int paste_size, int pad_cut, int pad_put, float divisor, bool return_offsets) -> "
+      "(Tensor, Tensor, Tensor)");
+
+  // csrc/cpu/match_patches: the best key of every query -> index [B, hq, wq] (-1: none) and score [B, hq, wq].
+  m.def(
+      "match_patches(Tensor query, Tensor key, Tensor? valid, Tensor? key_scale, Tensor? key_bias, Tensor? queries, "
+      "int patch) -> (Tensor, Tensor)");
+
+  // csrc/cpu/patchmatch: approximate nearest patches -> index [B, hq, wq] and score [B, hq, wq].
+  m.def(
+      "patchmatch(Tensor query, Tensor key, Tensor start, Tensor queries, Tensor eligible, int patch, int iterations, "
+      "int radius, int seed) -> (Tensor, Tensor)");
+}

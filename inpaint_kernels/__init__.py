@@ -1,0 +1,21 @@
+"""Fused, exact kernels for image inpainting."""
+
+from inpaint_kernels import _native
+
+_native.load()
+
+from inpaint_kernels._backends import explain, use_backend  # noqa: E402
+from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
+from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
+from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
+
+__all__ = [
+    "PRESETS",
+    "ContextualAttentionPreset",
+    "ContextualAttentionResult",
+    "PatchMatches",
+    "contextual_attention",
+    "explain",
+    "match_patches",
+    "use_backend",
+]

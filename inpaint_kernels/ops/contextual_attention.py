@@ -1,0 +1,421 @@
+"""The op ``contextual_attention``: patch matching, fuse, softmax and paste in one bounded-memory pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from inpaint_kernels import _native
+from inpaint_kernels._backends import OpBackends
+from inpaint_kernels._checks import check_choice, check_floating, check_same_device, check_shape
+from inpaint_kernels.ops._contextual_attention_presets import (
+    PRESETS,
+    ContextualAttentionPreset,
+    check_preset,
+    resample,
+    valid_keys,
+)
+from inpaint_kernels.portable import contextual_attention as portable
+from inpaint_kernels.reference import contextual_attention as reference
+
+Box = tuple[int, int, int, int]
+
+class ContextualAttentionResult(NamedTuple):
+    """What ``contextual_attention(..., return_offsets=True)`` returns.
+
+    Attributes:
+        output: [B, Cv, rate * hq, rate * wq].
+        offsets: [B, 2, hq, wq] int64, (row, column) of the most attended key minus that of the query; 0 where not computed.
+        maximum: [B, hq, wq] probability of that key, in [0, 1] (not differentiable); 0 where not computed.
+    """
+
+    output: Tensor
+    offsets: Tensor
+    maximum: Tensor
+
+
+# 1. The public function ------------------------------------------------------------------------------------------------
+
+
+@overload
+def contextual_attention(
+    f: Tensor, b: Tensor, mask: Tensor | None = ..., *, return_offsets: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def contextual_attention(
+    f: Tensor, b: Tensor, mask: Tensor | None = ..., *, return_offsets: Literal[True], **options: Any
+) -> ContextualAttentionResult: ...
+
+
+def contextual_attention(
+    f: Tensor,
+    b: Tensor,
+    mask: Tensor | None = None,
+    *,
+    value: Tensor | None = None,
+    preset: str | ContextualAttentionPreset = "nipponjo",
+    queries: Box | Tensor | None = None,
+    key_scale: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    return_offsets: bool = False,
+    backend: str | None = None,
+    **overrides: Any,
+) -> Tensor | ContextualAttentionResult:
+    """Rebuild every patch of ``f`` from the patches of ``b`` that it resembles most (DeepFill v1, section 4.1).
+
+    On the matching grid (every ``rate``-th pixel), with patches of ``patch`` x ``patch``::
+
+        S0(p, q) = <patch of f at p, patch of b at q> / n_q          zero outside the maps
+        S        = fuse: diagonal sums of S0 over ``fuse`` steps, along rows, then along columns, running on past line ends
+        A(p, .)  = softmax over q of scale * key_scale_q * S(p, q) + key_bias_q, invalid keys as ``masking`` says
+        output   = sum over p, q of A(p, q) * (K x K patch of value at rate * q), pasted at rate * p, / divisor
+
+    The score matrix is never stored: memory is bounded by a strip of queries (about 0.5 GiB at any size), and only the
+    ``queries`` asked for are computed. Scores and softmax accumulate in float32 (float64 for float64 inputs); the
+    result has the dtype of ``f``. Bit-identical from run to run and for any number of threads.
+
+    Args:
+        f: [B, C, H, W] float16, bfloat16, float32 or float64; the map whose patches look for partners.
+        b: [B, C, Hb, Wb], same dtype; keys, and values unless ``value`` is given. Often ``b is f``.
+        mask: [B or 1, 1, Hm, Wm], any dtype, non-zero = hole, at the resolution of b or a whole multiple of it (the
+            image's); keys whose patch touches the hole are invalid. None: every key is valid.
+        value: [B, Cv, Hv, Wv], what is pasted, at ``rate`` pixels per key. None: ``b``.
+        preset: name of a published implementation (see :data:`inpaint_kernels.PRESETS`, each with its description) or an
+            own :class:`ContextualAttentionPreset`.
+        queries: positions of the matching grid that are wanted: a box (y0, x0, y1, x1), end exclusive, or a bool mask
+            [hq, wq]. The rate x rate output cell of each of them, its offset and its maximum equal the full call's; all
+            other output pixels are 0. Cost and memory are proportional to their number. None: all.
+        key_scale, key_bias: [B or 1, hk, wk] float; scale and offset of each valid key's logit; no gradient.
+        return_offsets: also return the offsets and maxima.
+        backend: "cpu", "portable" or "reference"; None: the first that can run (:func:`inpaint_kernels.explain`).
+        **overrides: fields of the preset to change, e.g. ``fuse=0``, ``scale=20.0``, ``rate=4``.
+
+    Returns:
+        [B, Cv, rate * hq, rate * wq], differentiable once with respect to f, b and value; or a
+        :class:`ContextualAttentionResult`. With no valid key the output is 0 (masking "multiply" and "inf") or the plain
+        mean (masking "fill"). NaN stays in the outputs that depend on it.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, size, dtype, device or value; the message names it.
+        RuntimeError: an explicitly requested backend cannot run; the message says why.
+
+    Deviations from the sources: the gradient at an all-zero key patch is 0 (NaN in several ports), and those that a
+    preset's description names.
+
+    References:
+        Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, equations 5-6 and "attention propagation".
+        Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019.
+    """
+    problem, selected = _pose(f, b, mask, value, preset, queries, key_scale, key_bias, overrides)
+    output, index, maximum = torch.ops.inpaint_kernels.contextual_attention(
+        *problem[:6], selected, *_scalars(problem.semantics), return_offsets, BACKENDS.choose(problem, backend)
+    )
+    if not return_offsets:
+        return output
+    return ContextualAttentionResult(output, _offsets(index, problem.key.shape[3]), maximum)
+
+
+def _offsets(index: Tensor, key_width: int) -> Tensor:
+    """Flat key indices [B, hq, wq] (-1: not computed) -> displacement of the key from the query, [B, 2, hq, wq]."""
+    height, width = index.shape[1], index.shape[2]
+    rows = torch.arange(height, device=index.device)[:, None]
+    columns = torch.arange(width, device=index.device)
+    offsets = torch.stack((index.div(key_width, rounding_mode="floor") - rows, index % key_width - columns), 1)
+    return offsets.masked_fill(index[:, None] < 0, 0)
+
+
+# 2. Checks -------------------------------------------------------------------------------------------------------------
+
+
+class _Problem(NamedTuple):
+    """One call after the front end: what the op receives, and what the backends judge."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor | None
+    key_scale: Tensor | None
+    key_bias: Tensor | None
+    semantics: ContextualAttentionPreset
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+
+def _pose(
+    f: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    value: Tensor | None,
+    preset: str | ContextualAttentionPreset,
+    queries: Box | Tensor | None,
+    key_scale: Tensor | None,
+    key_bias: Tensor | None,
+    overrides: dict[str, Any],
+) -> tuple[_Problem, Tensor | None]:
+    """Check the arguments and bring them to the matching grid; also the bool [hq, wq] mask of wanted queries."""
+    semantics = _resolve_preset(preset, overrides)
+    rate = semantics.rate if semantics.grid != "none" else 1
+    _check_maps(f, b, value, semantics, rate)
+    query_size = (f.shape[2] // rate, f.shape[3] // rate)
+    key_size = (b.shape[2] // rate, b.shape[3] // rate)
+    query = resample(f, query_size, semantics.grid, rate)
+    key = query if b is f else resample(b, key_size, semantics.grid, rate)
+    valid = None
+    if mask is not None:
+        _check_mask(mask, f, b)
+        one_for_all = semantics.mask_batch == "first"
+        valid = valid_keys(mask[:1] if one_for_all else mask, (b.shape[2], b.shape[3]), key_size, semantics)
+    if key_scale is not None:
+        _check_per_key("key_scale", key_scale, f, key_size)
+    if key_bias is not None:
+        _check_per_key("key_bias", key_bias, f, key_size)
+    selected = None if queries is None else query_mask(queries, query_size, f.device)
+    return _Problem(query, key, b if value is None else value, valid, key_scale, key_bias, semantics), selected
+
+
+def _resolve_preset(
+    preset: str | ContextualAttentionPreset, overrides: dict[str, Any]
+) -> ContextualAttentionPreset:
+    if isinstance(preset, str):
+        check_choice("preset", preset, PRESETS)
+        preset = PRESETS[preset]
+    elif not isinstance(preset, ContextualAttentionPreset):
+        raise TypeError(f"preset: expected a name or a ContextualAttentionPreset, got {type(preset).__name__}")
+    if not overrides:
+        return preset
+    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(ContextualAttentionPreset)})
+    if unknown:
+        raise TypeError(f"contextual_attention: unexpected argument {unknown[0]!r}, not a field of the preset")
+    preset = dataclasses.replace(preset, **overrides)
+    check_preset(preset)
+    return preset
+
+
+def _check_maps(
+    f: Tensor, b: Tensor, value: Tensor | None, semantics: ContextualAttentionPreset, rate: int
+) -> None:
+    check_shape("f", f, "B C H W")
+    check_floating("f", f)
+    if b is not f:
+        check_shape("b", b, "B C Hb Wb", B=f.shape[0], C=f.shape[1])
+    if value is not None:
+        check_shape("value", value, "B Cv Hv Wv", B=f.shape[0])
+    for name, x in (("b", b), ("value", value)):
+        if x is not None and x is not f:
+            check_same_device(name, x, "f", f)
+            if x.dtype != f.dtype:
+                raise TypeError(f"{name}: expected dtype {f.dtype} as f, got {x.dtype}")
+    for name, x in (("f", f), ("b", b)):
+        height, width = x.shape[2], x.shape[3]
+        if height < rate or width < rate:
+            raise ValueError(f"{name}: expected H and W of at least rate={rate}, got H={height}, W={width}")
+        if not semantics.odd_sizes and (height % rate or width % rate):
+            raise ValueError(
+                f"{name}: expected H and W divisible by rate={rate} (this preset is not defined elsewhere; "
+                f"odd_sizes=True crops), got H={height}, W={width}"
+            )
+
+
+def query_mask(queries: Box | Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """A box (y0, x0, y1, x1) or a bool [hq, wq] as a bool [hq, wq] on ``device``."""
+    height, width = size
+    if isinstance(queries, Tensor):
+        check_shape("queries", queries, "hq wq", hq=height, wq=width)
+        if queries.dtype != torch.bool:
+            raise TypeError(f"queries: expected dtype torch.bool, got {queries.dtype}")
+        return queries.to(device)
+    if len(queries) != 4 or not (0 <= queries[0] <= queries[2] <= height and 0 <= queries[1] <= queries[3] <= width):
+        raise ValueError(f"queries: expected a box (y0, x0, y1, x1) inside {height} x {width}, got {queries}")
+    selected = torch.zeros(size, dtype=torch.bool, device=device)
+    selected[queries[0] : queries[2], queries[1] : queries[3]] = True
+    return selected
+
+
+def _check_mask(mask: Tensor, f: Tensor, b: Tensor) -> None:
+    sizes = check_shape("mask", mask, "M 1 Hm Wm")
+    check_same_device("mask", mask, "f", f)
+    if sizes["M"] not in (1, f.shape[0]):
+        raise ValueError(f"mask: expected a batch of 1 or {f.shape[0]} (that of f), got {sizes['M']}")
+    factor = max(1, sizes["Hm"] // b.shape[2])
+    if (sizes["Hm"], sizes["Wm"]) != (factor * b.shape[2], factor * b.shape[3]):
+        raise ValueError(
+            f"mask: expected the size of b, {b.shape[2]} x {b.shape[3]}, or a whole multiple of it, "
+            f"got {sizes['Hm']} x {sizes['Wm']}"
+        )
+
+
+def _check_per_key(name: str, x: Tensor, f: Tensor, key_size: tuple[int, int]) -> None:
+    sizes = check_shape(name, x, "M hk wk", hk=key_size[0], wk=key_size[1])
+    check_same_device(name, x, "f", f)
+    if sizes["M"] not in (1, f.shape[0]):
+        raise ValueError(f"{name}: expected a batch of 1 or {f.shape[0]} (that of f), got {sizes['M']}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: has no gradient here; expected a tensor that does not require one (detach it)")
+
+
+# 3. Schema -------------------------------------------------------------------------------------------------------------
+
+_SEMANTICS_SCHEMA = (
+    "int patch, str norm, float eps, int fuse, float scale, str masking, float fill, float? floor, "
+    "int rate, int paste_size, int pad_cut, int pad_put, float divisor"
+)
+_INPUTS_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? valid, Tensor? key_scale, Tensor? key_bias, Tensor? queries"
+)
+
+_library = torch.library.Library("inpaint_kernels", "FRAGMENT")
+_library.define(
+    f"contextual_attention({_INPUTS_SCHEMA}, {_SEMANTICS_SCHEMA}, bool return_offsets, str backend)"
+    " -> (Tensor output, Tensor index, Tensor maximum)"
+)
+_library.define(
+    f"contextual_attention_backward(Tensor grad, {_INPUTS_SCHEMA}, {_SEMANTICS_SCHEMA}, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+# 4. Fake ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("inpaint_kernels::contextual_attention", lib=_library)
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, valid: Any, key_scale: Any, key_bias: Any, queries: Any, *semantics: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rate, return_offsets = semantics[8], semantics[13]
+    batch, height, width = query.shape[0], query.shape[2], query.shape[3]
+    match_shape = (batch, height, width) if return_offsets else (0,)
+    return (
+        value.new_empty(batch, value.shape[1], rate * height, rate * width),
+        query.new_empty(match_shape, dtype=torch.int64),
+        query.new_empty(match_shape, dtype=_accumulation_dtype(query)),
+    )
+
+
+@torch.library.register_fake("inpaint_kernels::contextual_attention_backward", lib=_library)
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))  # type: ignore[return-value]
+
+
+# 5. Backends -----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    f: Tensor,
+    b: Tensor,
+    mask: Tensor | None = None,
+    *,
+    value: Tensor | None = None,
+    preset: str | ContextualAttentionPreset = "nipponjo",
+    queries: Box | Tensor | None = None,
+    key_scale: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    return_offsets: bool = False,
+    **overrides: Any,
+) -> _Problem:
+    """The problem that a public call with these arguments poses (for :func:`inpaint_kernels.explain`)."""
+    return _pose(f, b, mask, value, preset, queries, key_scale, key_bias, overrides)[0]
+
+
+def _cpu_reasons(problem: _Problem) -> list[str]:
+    if problem.query.device.type != "cpu":
+        return [f"the tensors are on {problem.query.device}, not on the CPU"]
+    if not _native.available("contextual_attention_forward", "CPU"):
+        return [_native.reason() or "the native library has no CPU kernel"]
+    halo = problem.semantics.fuse // 2
+    if min(*problem.query.shape[2:], *problem.key.shape[2:]) < halo:
+        return [f"a matching grid is smaller than fuse // 2 = {halo}"]
+    return []
+
+
+def _portable_reasons(problem: _Problem) -> list[str]:
+    return []
+
+
+def _reference_reasons(problem: _Problem) -> list[str]:
+    return []  # on request at any size; automatic choice never gets here, portable always runs
+
+
+def _scalars(s: ContextualAttentionPreset) -> tuple[Any, ...]:
+    """The fields of a preset in the order of the schema."""
+    return (
+        *(s.patch, s.norm, s.eps, s.fuse, s.scale, s.masking, s.fill, s.floor),
+        *(s.rate, s.paste_size, s.pad_cut, s.pad_put, s.divisor),
+    )
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+BACKENDS = OpBackends(
+    "contextual_attention",
+    _prepare,
+    {"cpu": _cpu_reasons, "portable": _portable_reasons, "reference": _reference_reasons},
+)
+
+
+def _cpu_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.inpaint_native.contextual_attention_forward(*args)
+
+
+def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.inpaint_native.contextual_attention_backward(*args)
+
+
+_FORWARD = {"cpu": _cpu_forward, "portable": portable.forward, "reference": reference.forward}
+_BACKWARD = {"cpu": _cpu_backward, "portable": portable.backward, "reference": reference.backward}
+
+
+@torch.library.impl(_library, "contextual_attention", "CompositeExplicitAutograd")
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, backend = rest
+    output, index, maximum = _FORWARD[backend](*_upcast(query, key, value), *arguments)
+    return output.to(value.dtype), index, maximum
+
+
+@torch.library.impl(_library, "contextual_attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, backend = rest
+    gradients = _BACKWARD[backend](*_upcast(grad, query, key, value), *arguments)
+    return tuple(g.to(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True))  # type: ignore[return-value]
+
+
+def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, in the dtype that the scores accumulate in."""
+    dtype = _accumulation_dtype(tensors[0])
+    return tuple(x.to(dtype).contiguous() for x in tensors)
+
+
+# 6. Autograd and autocast ----------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, (return_offsets, backend) = inputs[:7], inputs[-2:]
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(*tensors)
+    ctx.semantics = inputs[7:-2]
+    ctx.backend = backend
+
+
+def _autograd_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    gradients = torch.ops.inpaint_kernels.contextual_attention_backward(
+        grad, *ctx.saved_tensors, *ctx.semantics, ctx.backend
+    )
+    return (*gradients, *(None,) * (6 + len(ctx.semantics)))
+
+
+def _no_second_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("contextual_attention: double backward is not implemented (the gradient has no gradient)")
+
+
+torch.library.register_autograd("inpaint_kernels::contextual_attention", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("inpaint_kernels::contextual_attention_backward", _no_second_backward, lib=_library)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("inpaint_kernels::contextual_attention", _device, torch.float32, lib=_library)
