@@ -316,10 +316,9 @@ class BuildNative(Command):
         tools = find_toolchain()
         target = self._package_dir()
         if isinstance(tools, str):
-            self.announce(
-                f"inpaint-kernels: {tools}; installing without native kernels: "
-                "the portable and Triton backends work, the C++ and CUDA kernels do not.",
-                level=4,
+            self.warn(
+                f"{tools}; installing without native kernels: the portable and Triton backends work, "
+                "the C++ and CUDA kernels do not."
             )
             (target / LIBRARY).unlink(missing_ok=True)
         else:

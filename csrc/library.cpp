@@ -13,6 +13,12 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "float? floor, int rate, int paste_size, int pad_cut, int pad_put, float divisor, bool return_offsets) -> "
       "(Tensor, Tensor, Tensor)");
 
+  m.def(
+      "contextual_attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor? valid, "
+      "Tensor? key_scale, Tensor? key_bias, Tensor? queries, int patch, str norm, float eps, int fuse, float scale, "
+      "str masking, float fill, float? floor, int rate, int paste_size, int pad_cut, int pad_put, float divisor) -> "
+      "(Tensor, Tensor, Tensor)");
+
   // csrc/cpu/match_patches: the best key of every query -> index [B, hq, wq] (-1: none) and score [B, hq, wq].
   m.def(
       "match_patches(Tensor query, Tensor key, Tensor? valid, Tensor? key_scale, Tensor? key_bias, Tensor? queries, "

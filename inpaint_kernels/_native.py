@@ -23,6 +23,7 @@ DispatchKey = Literal["CPU", "CUDA"]
 KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "contextual_attention_key_norm": ("CPU", "CUDA"),
     "contextual_attention_forward": ("CPU",),
+    "contextual_attention_backward": ("CPU",),
     "match_patches": ("CPU",),
     "patchmatch": ("CPU",),
 }
@@ -59,12 +60,12 @@ def load() -> None:
 
 def available(kernel: str, key: DispatchKey) -> bool:
     """Whether `inpaint_native::<kernel>` can be called with tensors of this device type."""
-    return _kernel_reasons[kernel, key] is None
+    return why_not(kernel, key) is None
 
 
 def why_not(kernel: str, key: DispatchKey) -> str | None:
     """The sentence that says why `available(kernel, key)` is False; None when it is True."""
-    return _kernel_reasons[kernel, key]
+    return _kernel_reasons.get((kernel, key), f"there is no kernel {NAMESPACE}::{kernel}")
 
 
 def reason() -> str | None:

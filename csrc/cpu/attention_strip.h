@@ -63,14 +63,14 @@ struct KeyLogits {
   }
 };
 
-// exp(logit - maximum) of a list of queries: [queries][hk][wk + reach - 1]. The columns past the keys are zero, so the
-// diagonal sums of the paste may read one step beyond a key row. Key rows whose probabilities are all zero are marked
+// exp(logit - maximum) of a list of queries: [queries][hk][wk + gap]. The columns past the keys are zero, so diagonal sums
+// may read beyond either end of a key row, as far as the paste's patches and one step of the fuse's wrap reach. Key rows whose probabilities are all zero are marked
 // absent and never written: in a saturated softmax that is nearly all of them.
 template <class T>
 class AttentionStrip {
  public:
   AttentionStrip(int64_t capacity, GridSize keys, int64_t reach)
-      : keys_(keys), stride_(keys.width + reach - 1), front_(reach),
+      : keys_(keys), stride_(keys.width + std::max<int64_t>(reach - 1, 1)), front_(std::max<int64_t>(reach, 1)),
         data_(front_ + capacity * keys.height * stride_), present_(capacity * keys.height), maximum_(capacity),
         inverse_sum_(capacity) {
     std::fill_n(data_.get(), front_, T(0));

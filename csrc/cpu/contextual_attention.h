@@ -29,6 +29,8 @@ inline void stop_if_interrupted() {
 // A strip's bytes: exp(logits) of as many queries as fit. At 2000x2000 this is 8 rows of queries; a whole 512x512 image
 // (4,096 queries and keys) fits at once.
 constexpr int64_t kStripBytes = int64_t{512} << 20;
+// The backward holds three arrays of a strip's size: probabilities, their gradients and those of their diagonal sums.
+constexpr int64_t kBackwardStripBytes = int64_t{256} << 20;
 
 // The queries whose probabilities the cells [begin, end) need, as a mask over the query grid.
 inline void mark_queries(const std::vector<int64_t>& cells, int64_t begin, int64_t end, GridSize queries, int64_t reach,
@@ -118,7 +120,7 @@ struct AttentionInputs {
   int64_t reach() const { return semantics.reach(); }
   // Queries that fit into a strip of `bytes`.
   int64_t capacity(int64_t bytes) const {
-    const int64_t row = keys.height * (keys.width + reach() - 1) * static_cast<int64_t>(sizeof(T));
+    const int64_t row = keys.height * (keys.width + reach()) * static_cast<int64_t>(sizeof(T));
     return std::max<int64_t>(1, std::min(bytes / row, queries.count()));
   }
   CellPixels value_pixels(const PhaseGroup& group) const {
@@ -129,6 +131,8 @@ struct AttentionInputs {
             semantics.pad_put, group.phases};
   }
 };
+
+inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
 template <class T>
 Buffer<T> reciprocals(const T* values, int64_t count) {

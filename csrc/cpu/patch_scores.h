@@ -146,15 +146,7 @@ struct QueryPlan {
     patch_terms = terms(rows, patches, -before, after, below);
   }
 
- private:
-  template <class Step>
-  PositionList neighbours(const PositionList& list, int first, int last, const Step& step) const {
-    std::vector<uint8_t> wanted(grid.count(), 0);
-    for (int64_t i = 0; i < list.size(); ++i)
-      for (int d = first; d <= last; ++d)
-        if (const int64_t q = step(list[i], d); q >= 0) wanted[q] = 1;
-    return PositionList(wanted);
-  }
+  // Where every step of every list entry stands in `source`: [step][entry], kNowhere if it does not.
   template <class Step>
   static std::vector<std::vector<int32_t>> terms(const PositionList& list, const PositionList& source, int first,
                                                  int last, const Step& step) {
@@ -164,6 +156,16 @@ struct QueryPlan {
       for (int64_t i = 0; i < list.size(); ++i) found[i] = source.local(step(list[i], d));
     }
     return result;
+  }
+
+ private:
+  template <class Step>
+  PositionList neighbours(const PositionList& list, int first, int last, const Step& step) const {
+    std::vector<uint8_t> wanted(grid.count(), 0);
+    for (int64_t i = 0; i < list.size(); ++i)
+      for (int d = first; d <= last; ++d)
+        if (const int64_t q = step(list[i], d); q >= 0) wanted[q] = 1;
+    return PositionList(wanted);
   }
 };
 
@@ -266,6 +268,12 @@ class ScoreSweep {
 
   template <class Emit>
   void run(const Emit& emit) {
+    run(emit, [](int64_t) {});
+  }
+
+  // `finish(v)`, after all queries' S0 with key row v (which without a fuse are the scores emitted).
+  template <class Emit, class Finish>
+  void run(const Emit& emit, const Finish& finish) {
     // One parallel region per key row: each pass works on a key row whose terms the regions before it have finished.
     // T of a key row is complete one region after it was summed (its last keys take terms from the next key row).
     const int64_t tasks = std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()});
@@ -282,6 +290,7 @@ class ScoreSweep {
         }
         if (plan_.half && fused >= plan_.half && b < score_blocks_.count()) fuse_columns(worker, b, fused, emit);
       });
+      if (summed >= 0 && summed < grid_.height) finish(summed);
     }
     for (int64_t v = 0; v < std::min<int64_t>(plan_.half, grid_.height); ++v)
       run_tasks(score_blocks_.count(), [&](int64_t worker, int64_t b) { fuse_columns(worker, b, v, emit); });

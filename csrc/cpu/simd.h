@@ -247,6 +247,22 @@ INPAINT_CLONES inline double dot_row(const double* a, const double* b, int64_t l
   return dot_row_body(a, b, length);
 }
 
+// row[i] = row[i] * scale * (gradient[i] - mean) * factor[i].
+template <class T>
+INPAINT_INLINE void softmax_gradient_row_body(T* __restrict row, const T* __restrict gradient,
+                                              const T* __restrict factor, T scale, T mean, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) row[i] *= scale * (gradient[i] - mean) * factor[i];
+}
+
+INPAINT_CLONES inline void softmax_gradient_row(float* row, const float* gradient, const float* factor, float scale,
+                                                float mean, int64_t length) {
+  softmax_gradient_row_body(row, gradient, factor, scale, mean, length);
+}
+INPAINT_CLONES inline void softmax_gradient_row(double* row, const double* gradient, const double* factor, double scale,
+                                                double mean, int64_t length) {
+  softmax_gradient_row_body(row, gradient, factor, scale, mean, length);
+}
+
 // ---- Tasks -------------------------------------------------------------------------------------------------------
 
 // Calls task(worker, i) for i in [0, count), each exactly once, on torch's threads; worker < worker_count(). Which

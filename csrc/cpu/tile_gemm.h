@@ -20,8 +20,15 @@ constexpr int kTileColumns = 128 / sizeof(T);
 template <class T>
 constexpr int64_t kTileSize = int64_t{kTileRows} * kTileStride;
 
-template <class T, int rows, int bytes, int vectors, bool accumulate>
-INPAINT_INLINE void multiply_block(const T* a, const T* b, const int32_t* inner, int count, T* c, int64_t c_stride) {
+// Element (r, k) of A: a tile keeps it at a[r * kTileStride + k], a transposed one at a[k * stride + r].
+template <class T, bool transposed>
+INPAINT_INLINE T element(const T* a, int64_t r, int64_t k, int64_t stride) {
+  return transposed ? a[k * stride + r] : a[r * kTileStride + k];
+}
+
+template <class T, int rows, int bytes, int vectors, bool transposed, bool accumulate>
+INPAINT_INLINE void multiply_block(const T* a, int64_t a_stride, const T* b, const int32_t* inner, int count, T* c,
+                                   int64_t c_stride) {
   typedef typename VectorOf<T, bytes>::type V;
   constexpr int lanes = bytes / sizeof(T);
   V sum[rows][vectors];
@@ -29,44 +36,48 @@ INPAINT_INLINE void multiply_block(const T* a, const T* b, const int32_t* inner,
     for (int j = 0; j < vectors; ++j) sum[r][j] = accumulate ? load<V>(c + r * c_stride + j * lanes) : V{};
   for (int t = 0; t < count; ++t) {
     const int64_t k = inner[t];
-    const T* b_row = b + k * kTileColumns<T>;
-    const T* a_column = a + k;
-    V b_row_vectors[vectors];
-    for (int j = 0; j < vectors; ++j) b_row_vectors[j] = load<V>(b_row + j * lanes);
+    V b_row[vectors];
+    for (int j = 0; j < vectors; ++j) b_row[j] = load<V>(b + k * kTileColumns<T> + j * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const V broadcast = a_column[r * kTileStride] - V{};
-      for (int j = 0; j < vectors; ++j) sum[r][j] += broadcast * b_row_vectors[j];
+      const V broadcast = element<T, transposed>(a, r, k, a_stride) - V{};
+      for (int j = 0; j < vectors; ++j) sum[r][j] += broadcast * b_row[j];
     }
   }
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < vectors; ++j) store(c + r * c_stride + j * lanes, sum[r][j]);
 }
 
-template <class T, int rows, int bytes, bool accumulate>
-INPAINT_INLINE void multiply_tile_in_blocks(const T* a, const T* b, const int32_t* inner, int count, T* c,
-                                            int64_t c_stride) {
+template <class T, int rows, int bytes, bool transposed, bool accumulate>
+INPAINT_INLINE void multiply_in_blocks(const T* a, int64_t a_stride, const T* b, const int32_t* inner, int count, T* c,
+                                       int64_t c_stride) {
   constexpr int columns = 2 * bytes / sizeof(T);
   for (int r = 0; r < kTileRows; r += rows)
     for (int j = 0; j < kTileColumns<T>; j += columns)
-      multiply_block<T, rows, bytes, 2, accumulate>(a + r * kTileStride, b + j, inner, count, c + r * c_stride + j,
-                                                    c_stride);
+      multiply_block<T, rows, bytes, 2, transposed, accumulate>(a + r * (transposed ? 1 : kTileStride), a_stride, b + j,
+                                                                inner, count, c + r * c_stride + j, c_stride);
 }
 
+// multiply_tile(a, b, inner, count, c, c_stride, accumulate): C (+)= A B over the inner indices listed.
+// multiply_transposed_tile(a, a_stride, b, ...): the same with A stored as [inner][a_stride].
 // One version per register file: 12 x 2 vectors of 64 bytes in 32 registers, 6 x 2 of 32 or 16 bytes in 16.
-#define INPAINT_MULTIPLY_TILE(T, attributes, rows, bytes)                                                     \
-  attributes inline void multiply_tile(const T* a, const T* b, const int32_t* inner, int count, T* c,         \
-                                       int64_t c_stride, bool accumulate) {                                   \
-    if (accumulate)                                                                                           \
-      multiply_tile_in_blocks<T, rows, bytes, true>(a, b, inner, count, c, c_stride);                         \
-    else                                                                                                      \
-      multiply_tile_in_blocks<T, rows, bytes, false>(a, b, inner, count, c, c_stride);                        \
+#define INPAINT_MULTIPLY_TILE(T, attributes, rows, bytes)                                                         \
+  attributes inline void multiply_tile(const T* a, const T* b, const int32_t* inner, int count, T* c,             \
+                                       int64_t c_stride, bool accumulate) {                                       \
+    if (accumulate)                                                                                               \
+      multiply_in_blocks<T, rows, bytes, false, true>(a, 0, b, inner, count, c, c_stride);                        \
+    else                                                                                                          \
+      multiply_in_blocks<T, rows, bytes, false, false>(a, 0, b, inner, count, c, c_stride);                       \
+  }                                                                                                               \
+  attributes inline void multiply_transposed_tile(const T* a, int64_t a_stride, const T* b, const int32_t* inner, \
+                                                  int count, T* c, int64_t c_stride) {                            \
+    multiply_in_blocks<T, rows, bytes, true, false>(a, a_stride, b, inner, count, c, c_stride);                   \
   }
 
 #ifdef INPAINT_X86_VERSIONS
-#define INPAINT_MULTIPLY_TILE_VERSIONS(T)                                             \
-  INPAINT_MULTIPLY_TILE(T, __attribute__((target("arch=x86-64-v4"))), 12, 64)         \
-  INPAINT_MULTIPLY_TILE(T, __attribute__((target("arch=x86-64-v3"))), 6, 32)          \
+#define INPAINT_MULTIPLY_TILE_VERSIONS(T)                                     \
+  INPAINT_MULTIPLY_TILE(T, __attribute__((target("arch=x86-64-v4"))), 12, 64) \
+  INPAINT_MULTIPLY_TILE(T, __attribute__((target("arch=x86-64-v3"))), 6, 32)  \
   INPAINT_MULTIPLY_TILE(T, __attribute__((target("default"))), 6, 16)
 #else
 #define INPAINT_MULTIPLY_TILE_VERSIONS(T) INPAINT_MULTIPLY_TILE(T, , 6, 16)
