@@ -16,9 +16,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-# On Linux the ordinary wheel of torch brings gigabytes of CUDA libraries, which only a machine with a GPU can use.
+# On Linux the ordinary wheel of torch brings gigabytes of CUDA libraries, which only a machine with a GPU can use: without
+# one the CPU build is tried first. Where pip's configured index has none, name PyTorch's own in
+# TORCH_PIP_OPTIONS="--index-url <address>".
 TORCH_VERSION ?= 2.13.0
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_PIP_OPTIONS ?=
 BENCH_JSON ?= build/benchmark.json
 
 INSTALLED := $(VENV)/.inpaint-kernels-installed
@@ -55,16 +57,17 @@ $(PY):
 $(INSTALLED): pyproject.toml | $(PY)
 	$(PIP) install --quiet --upgrade "pip>=24" "setuptools>=77" wheel "ninja>=1.11"
 	$(PY) -c "import torch" 2>/dev/null || $(MAKE) --no-print-directory torch
+	$(PY) setup.py --quiet build_native --inplace
 	$(PIP) install --quiet --no-build-isolation --editable ".[cli,dev]"
 	touch $@
 
 .PHONY: torch
 torch:
 	if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
-	  $(PIP) install --quiet "torch==$(TORCH_VERSION)"; \
+	  $(PIP) install --quiet $(TORCH_PIP_OPTIONS) "torch==$(TORCH_VERSION)"; \
 	else \
-	  $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
-	  $(PIP) install --quiet "torch==$(TORCH_VERSION)+cpu" --index-url $(TORCH_CPU_INDEX); \
+	  $(PIP) install --quiet $(TORCH_PIP_OPTIONS) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
+	  $(PIP) install --quiet $(TORCH_PIP_OPTIONS) "torch==$(TORCH_VERSION)"; \
 	fi
 
 $(COMPILED): setup.py $(shell find csrc -type f) | $(INSTALLED)

@@ -6,10 +6,12 @@
 STABLE_TORCH_LIBRARY(inpaint_native, m) {
   // csrc/{cpu,cuda}/contextual_attention: key [B, C, H, W] -> norm [B, H, W], rule in {none, add, max, sum}.
   m.def("contextual_attention_key_norm(Tensor key, int patch, str rule, float eps) -> Tensor");
-  // csrc/cpu/contextual_attention_{forward,backward}: inpaint_kernels/ops/contextual_attention.py documents the arguments.
+  // csrc/cpu/contextual_attention_{forward,backward}: inpaint_kernels/ops/contextual_attention.py documents the
+  // arguments.
   m.def(
       "contextual_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? valid, Tensor? key_scale, "
-      "Tensor? key_bias, Tensor? queries, int patch, str norm, float eps, int fuse, float scale, str masking, float fill, "
+      "Tensor? key_bias, Tensor? queries, int patch, str norm, float eps, int fuse, float scale, str masking, float "
+      "fill, "
       "float? floor, int rate, int paste_size, int pad_cut, int pad_put, float divisor, bool return_offsets) -> "
       "(Tensor, Tensor, Tensor)");
 

@@ -5,6 +5,7 @@ from inpaint_kernels import _native
 _native.load()
 
 from inpaint_kernels._backends import explain, use_backend  # noqa: E402
+from inpaint_kernels.flow_color import flow_to_color  # noqa: E402
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
 from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
@@ -16,6 +17,7 @@ __all__ = [
     "PatchMatches",
     "contextual_attention",
     "explain",
+    "flow_to_color",
     "match_patches",
     "use_backend",
 ]

@@ -17,6 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from inpaint_kernels._compile import constant_for_compile
+
 AUTO = "auto"
 BACKENDS = ("cpu", "cuda", "triton", "portable", "reference")
 
@@ -56,7 +58,7 @@ _scopes_lock = threading.Lock()
 
 # torch.compile cannot trace get_ident. A compiled function is recompiled whenever `_scopes` changes, so the only
 # difference to eager code is this: a thread that reuses code compiled inside another thread's open block sees it too.
-@torch.compiler.assume_constant_result
+@constant_for_compile
 def _current_thread() -> int:
     return threading.get_ident()
 
@@ -231,7 +233,7 @@ _warned: set[str] = set()
 
 
 # A constant for torch.compile: the warning is given while it traces, and leaves nothing in the graph.
-@torch.compiler.assume_constant_result
+@constant_for_compile
 def _warn_no_kernel(op: str, chosen: str, reasons: str) -> None:
     """Warns, once per op, that a CUDA problem runs without a kernel."""
     if op in _warned:

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import torch
 
+from inpaint_kernels._compile import constant_for_compile
+
 
 def check_tensor(name: str, x: object) -> None:
     """Raises TypeError unless `x` is a torch.Tensor."""
@@ -53,7 +55,7 @@ def check_shape(name: str, x: torch.Tensor, shape: str, **known: int) -> dict[st
 
 
 # A constant for torch.compile, which would trace into the parser and warn about the cache otherwise.
-@torch.compiler.assume_constant_result
+@constant_for_compile
 def _parse_shape(shape: str) -> tuple[tuple[str, int | None, bool], ...]:
     return _parse_shape_once(shape)
 

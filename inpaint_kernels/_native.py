@@ -7,9 +7,11 @@ complete: its ops run on the portable and Triton backends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +119,17 @@ def _check_registrations() -> None:
     for pair in lost:
         _kernel_reasons[pair] = reason
     warnings.warn(f"inpaint_kernels: {reason}", RuntimeWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turns the error with which a kernel stops when Python has a signal pending into a KeyboardInterrupt."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inpaint_kernels: interrupted" in str(error):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _cuda_reason() -> str | None:

@@ -1,5 +1,5 @@
-// The two phases that the forward and the backward kernel of contextual_attention share: the logits of a strip of queries
-// against all keys, each written once, then their softmax in place.
+// The two phases that the forward and the backward kernel of contextual_attention share: the logits of a strip of
+// queries against all keys, each written once, then their softmax in place.
 #pragma once
 
 #include <string>
@@ -38,8 +38,7 @@ struct KeyLogits {
 
   // valid, key_scale, key_bias: [hk, wk] or null.
   KeyLogits(const Semantics& semantics, int64_t keys, const bool* valid, const T* key_scale, const T* key_bias)
-      : factor(keys), offset(keys), keep(keys),
-        has_keep(valid && semantics.masking == Semantics::Masking::kMultiply) {
+      : factor(keys), offset(keys), keep(keys), has_keep(valid && semantics.masking == Semantics::Masking::kMultiply) {
     for (int64_t q = 0; q < keys; ++q) {
       const bool eligible = !valid || valid[q];
       factor[q] = eligible ? static_cast<T>(semantics.scale) * (key_scale ? key_scale[q] : T(1)) : T(0);
@@ -63,15 +62,20 @@ struct KeyLogits {
   }
 };
 
-// exp(logit - maximum) of a list of queries: [queries][hk][wk + gap]. The columns past the keys are zero, so diagonal sums
-// may read beyond either end of a key row, as far as the paste's patches and one step of the fuse's wrap reach. Key rows whose probabilities are all zero are marked
-// absent and never written: in a saturated softmax that is nearly all of them.
+// exp(logit - maximum) of a list of queries: [queries][hk][wk + gap]. The columns past the keys are zero, so diagonal
+// sums may read beyond either end of a key row, as far as the paste's patches and one step of the fuse's wrap reach.
+// Key rows whose probabilities are all zero are marked absent and never written: in a saturated softmax that is nearly
+// all of them.
 template <class T>
 class AttentionStrip {
  public:
   AttentionStrip(int64_t capacity, GridSize keys, int64_t reach)
-      : keys_(keys), stride_(keys.width + std::max<int64_t>(reach - 1, 1)), front_(std::max<int64_t>(reach, 1)),
-        data_(front_ + capacity * keys.height * stride_), present_(capacity * keys.height), maximum_(capacity),
+      : keys_(keys),
+        stride_(keys.width + std::max<int64_t>(reach - 1, 1)),
+        front_(std::max<int64_t>(reach, 1)),
+        data_(front_ + capacity * keys.height * stride_),
+        present_(capacity * keys.height),
+        maximum_(capacity),
         inverse_sum_(capacity) {
     std::fill_n(data_.get(), front_, T(0));
   }
@@ -95,10 +99,11 @@ class AttentionStrip {
       std::fill_n(to + width, gap, T(0));
       maximum_[i] = std::max(maximum_[i], largest);
     });
-    run_tasks(ceil_div(plan.scores.size(), kQueriesPerTask), [&](int64_t, int64_t task) {
-      const int64_t end = std::min(plan.scores.size(), (task + 1) * kQueriesPerTask);
-      for (int64_t i = task * kQueriesPerTask; i < end; ++i) normalise(i, logits, semantics.floor);
-    });
+    run_tasks(ceil_div(plan.scores.size(), kQueriesPerTask), kQueriesPerTask * keys_.count(),
+              [&](int64_t, int64_t task) {
+                const int64_t end = std::min(plan.scores.size(), (task + 1) * kQueriesPerTask);
+                for (int64_t i = task * kQueriesPerTask; i < end; ++i) normalise(i, logits, semantics.floor);
+              });
   }
 
   // The most probable key of query i and its probability; key 0 where every probability is 0.
@@ -152,12 +157,13 @@ class AttentionStrip {
 
 // ---- Paste geometry ------------------------------------------------------------------------------------------------
 
-// The paste as r x r cells: output pixel rate * u + phase - pad_put is sum_w B(u, w) V(w, phase), V(w, phase) being value
-// pixel rate * w + phase - pad_cut and B(u, w) = sum over e in [0, n)^2 of A(u - e, w - e), where n = ceil((K - phase) /
-// rate) per axis. Phases with the same n share B and one matrix product; K a multiple of rate has a single group.
+// The paste as r x r cells: output pixel rate * u + phase - pad_put is sum_w B(u, w) V(w, phase), V(w, phase) being
+// value pixel rate * w + phase - pad_cut and B(u, w) = sum over e in [0, n)^2 of A(u - e, w - e), where n = ceil((K -
+// phase) / rate) per axis. Phases with the same n share B and one matrix product; K a multiple of rate has a single
+// group.
 struct PhaseGroup {
-  int64_t reach_y, reach_x;                              // n of the two axes
-  std::vector<std::pair<int64_t, int64_t>> phases;       // (y, x)
+  int64_t reach_y, reach_x;                         // n of the two axes
+  std::vector<std::pair<int64_t, int64_t>> phases;  // (y, x)
 };
 
 inline std::vector<PhaseGroup> phase_groups(const Semantics& semantics) {
@@ -201,7 +207,7 @@ class CellPanels {
   CellPanels(const T* map, const CellPixels& pixels, int64_t grid_width, int64_t count, const int64_t* list = nullptr)
       : panels_(ceil_div(pixels.columns(), kTileColumns<T>)), cells_(count), data_(panels_ * cells_ * kTileColumns<T>) {
     const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
-    run_tasks(ceil_div(count, kCellsPerTask), [&](int64_t, int64_t task) {
+    run_tasks(ceil_div(count, kCellsPerTask), kCellsPerTask * pixels.columns(), [&](int64_t, int64_t task) {
       const int64_t end = std::min(count, (task + 1) * kCellsPerTask);
       for (int64_t cell = task * kCellsPerTask; cell < end; ++cell) {
         const int64_t position = list ? list[cell] : cell;

@@ -78,7 +78,8 @@ struct StripCells {
   PositionList queries;
 };
 
-// Cuts the cells, at row ends where possible, so that no piece needs more than `capacity` queries (or more than one cell's).
+// Cuts the cells, at row ends where possible, so that no piece needs more than `capacity` queries (or more than one
+// cell's).
 inline std::vector<StripCells> cut_strips(const std::vector<int64_t>& cells, GridSize queries, int64_t reach,
                                           int64_t capacity) {
   const int64_t cell_width = queries.width + reach - 1, total = static_cast<int64_t>(cells.size());
@@ -110,8 +111,13 @@ struct AttentionInputs {
   Semantics semantics;
 
   AttentionInputs(const Tensor& query, const Tensor& key, const Tensor& value, const Semantics& s)
-      : queries{query.size(2), query.size(3)}, keys{key.size(2), key.size(3)}, channels(query.size(1)),
-        value_channels(value.size(1)), value_height(value.size(2)), value_width(value.size(3)), semantics(s) {
+      : queries{query.size(2), query.size(3)},
+        keys{key.size(2), key.size(3)},
+        channels(query.size(1)),
+        value_channels(value.size(1)),
+        value_height(value.size(2)),
+        value_width(value.size(3)),
+        semantics(s) {
     check_dense(query, "query", 4);
     check_dense(key, "key", 4);
     check_dense(value, "value", 4);
@@ -127,8 +133,12 @@ struct AttentionInputs {
     return {value_channels, value_height, value_width, semantics.rate, semantics.pad_cut, group.phases};
   }
   CellPixels output_pixels(const PhaseGroup& group) const {
-    return {value_channels, semantics.rate * queries.height, semantics.rate * queries.width, semantics.rate,
-            semantics.pad_put, group.phases};
+    return {value_channels,
+            semantics.rate * queries.height,
+            semantics.rate * queries.width,
+            semantics.rate,
+            semantics.pad_put,
+            group.phases};
   }
 };
 
@@ -161,8 +171,12 @@ template <class T>
 class PixelWeights {
  public:
   PixelWeights(GridSize queries, const Semantics& semantics, const bool* selected)
-      : queries_(queries), rate_(semantics.rate), selected_(selected), divisor_(static_cast<T>(semantics.divisor)),
-        rows_(coverage_weights<T>(queries.height, semantics)), columns_(coverage_weights<T>(queries.width, semantics)) {}
+      : queries_(queries),
+        rate_(semantics.rate),
+        selected_(selected),
+        divisor_(static_cast<T>(semantics.divisor)),
+        rows_(coverage_weights<T>(queries.height, semantics)),
+        columns_(coverage_weights<T>(queries.width, semantics)) {}
   T operator()(int64_t pixel) const {
     const int64_t width = rate_ * queries_.width, y = pixel / width, x = pixel % width;
     if (selected_ && !selected_[y / rate_ * queries_.width + x / rate_]) return T(0);
@@ -182,8 +196,12 @@ template <class T>
 class DiagonalTile {
  public:
   DiagonalTile(const AttentionStrip<T>& strip, const PositionList& queries, GridSize query_grid, int64_t reach)
-      : strip_(strip), queries_(queries), query_grid_(query_grid), cell_width_(query_grid.width + reach - 1),
-        tile_(kTileSize<T>, true), inner_(kTileInner) {}
+      : strip_(strip),
+        queries_(queries),
+        query_grid_(query_grid),
+        cell_width_(query_grid.width + reach - 1),
+        tile_(kTileSize<T>, true),
+        inner_(kTileInner) {}
 
   // Cells cells[0..count) (at most kTileRows) with key cells (top + t / width, left + t % width) for t in [0, length).
   // Returns whether any sum is not zero; then inner() lists the t in which one is.
@@ -230,7 +248,8 @@ class DiagonalTile {
     if (!any) return false;
     for (int64_t r = 0; r < kTileRows; ++r) {
       std::fill_n(to + r * kTileStride, width, T(0));
-      for (int t = 0; t < used[r]; ++t) add_scaled_row(to + r * kTileStride, terms[r][t].values, terms[r][t].weight, width);
+      for (int t = 0; t < used[r]; ++t)
+        add_scaled_row(to + r * kTileStride, terms[r][t].values, terms[r][t].weight, width);
     }
     return true;
   }

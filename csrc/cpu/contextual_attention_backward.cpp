@@ -41,8 +41,10 @@ template <class T>
 class RowTiles {
  public:
   RowTiles(const CellPanels<T>& panels, int64_t rows, int64_t columns)
-      : columns_(columns), chunks_(ceil_div(columns, kTileInner)), data_(ceil_div(rows, kTileRows) * chunks_ * kTileSize<T>, true) {
-    run_tasks(ceil_div(rows, kTileRows), [&](int64_t, int64_t g) {
+      : columns_(columns),
+        chunks_(ceil_div(columns, kTileInner)),
+        data_(ceil_div(rows, kTileRows) * chunks_ * kTileSize<T>, true) {
+    run_tasks(ceil_div(rows, kTileRows), kTileRows * columns, [&](int64_t, int64_t g) {
       for (int64_t i = g * kTileRows; i < std::min(rows, (g + 1) * kTileRows); ++i)
         for (int64_t n = 0; n < columns; ++n)
           tile(g, n / kTileInner)[i % kTileRows * kTileStride + n % kTileInner] = panels.at(i, n);
@@ -50,7 +52,9 @@ class RowTiles {
   }
   T* tile(int64_t group, int64_t chunk) const { return data_.get() + (group * chunks_ + chunk) * kTileSize<T>; }
   int64_t chunks() const { return chunks_; }
-  int chunk_size(int64_t chunk) const { return static_cast<int>(std::min<int64_t>(kTileInner, columns_ - chunk * kTileInner)); }
+  int chunk_size(int64_t chunk) const {
+    return static_cast<int>(std::min<int64_t>(kTileInner, columns_ - chunk * kTileInner));
+  }
 
  private:
   int64_t columns_, chunks_;
@@ -66,19 +70,21 @@ std::vector<int32_t> iota(int64_t count) {
 // One phase group's share of a call: the value cells in both layouts and the gradient of the value cells.
 template <class T>
 struct ValueCells {
-  CellPanels<T> by_column;   // [columns][cells]: inner index cells
-  KeyPanels<T> by_cell;      // [cell rows][cells of a row]: inner index columns
-  Buffer<T> gradient;        // [cells][columns rounded up]
+  CellPanels<T> by_column;  // [columns][cells]: inner index cells
+  KeyPanels<T> by_cell;     // [cell rows][cells of a row]: inner index columns
+  Buffer<T> gradient;       // [cells][columns rounded up]
   int64_t stride;
 
   ValueCells(const T* value, const CellPixels& pixels, GridSize cells)
-      : by_column(value, pixels, cells.width, cells.count()), by_cell(planes(by_column, pixels, cells).get(), pixels.columns(), cells),
-        gradient(cells.count() * by_column.panels() * kTileColumns<T>, true), stride(by_column.panels() * kTileColumns<T>) {}
+      : by_column(value, pixels, cells.width, cells.count()),
+        by_cell(planes(by_column, pixels, cells).get(), pixels.columns(), cells),
+        gradient(cells.count() * by_column.panels() * kTileColumns<T>, true),
+        stride(by_column.panels() * kTileColumns<T>) {}
 
   // The gradient's cells are disjoint pixels of the value map.
   void scatter(const CellPixels& pixels, GridSize cells, T* to) const {
     const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
-    run_tasks(cells.height, [&](int64_t, int64_t y) {
+    run_tasks(cells.height, cells.width * stride, [&](int64_t, int64_t y) {
       for (int64_t x = 0; x < cells.width; ++x) {
         for (int64_t phase = 0; phase < phases; ++phase) {
           const int64_t pixel = pixels.pixel(y, x, phase);
@@ -93,7 +99,7 @@ struct ValueCells {
  private:
   static Buffer<T> planes(const CellPanels<T>& panels, const CellPixels& pixels, GridSize cells) {
     Buffer<T> result(pixels.columns() * cells.count());
-    run_tasks(pixels.columns(), [&](int64_t, int64_t n) {
+    run_tasks(pixels.columns(), cells.count(), [&](int64_t, int64_t n) {
       for (int64_t cell = 0; cell < cells.count(); ++cell) result[n * cells.count() + cell] = panels.at(cell, n);
     });
     return result;
@@ -122,11 +128,17 @@ class PasteBackward {
  public:
   PasteBackward(const AttentionInputs<T>& inputs, const PhaseGroup& group, ValueCells<T>& values,
                 const T* weighted_gradient, const AttentionStrip<T>& strip, const StripCells& part)
-      : inputs_(inputs), group_(group), values_(values), strip_(strip), part_(part),
-        cell_width_(inputs.queries.width + inputs.reach() - 1), cells_(static_cast<int64_t>(part.cells.size())),
+      : inputs_(inputs),
+        group_(group),
+        values_(values),
+        strip_(strip),
+        part_(part),
+        cell_width_(inputs.queries.width + inputs.reach() - 1),
+        cells_(static_cast<int64_t>(part.cells.size())),
         columns_(inputs.output_pixels(group).columns()),
         gradient_(weighted_gradient, inputs.output_pixels(group), cell_width_, cells_, part.cells.data()),
-        gradient_tiles_(gradient_, cells_, columns_), chunk_(iota(kTileInner)) {}
+        gradient_tiles_(gradient_, cells_, columns_),
+        chunk_(iota(kTileInner)) {}
 
   void run(CellGradients<T>& cell_gradients) {
     const GridSize key_cells = cell_grid(inputs_.keys, inputs_.reach());
@@ -136,7 +148,7 @@ class PasteBackward {
     };
     std::vector<Worker> workers(worker_count());
     const int64_t stride = round_up(key_cells.width, kTileColumns<T>);
-    run_tasks(key_cells.height, [&](int64_t w, int64_t w_y) {
+    run_tasks(key_cells.height, cells_ * key_cells.width, [&](int64_t w, int64_t w_y) {
       Worker& worker = workers[w];
       if (worker.inner.empty()) {
         worker.sums = Buffer<T>(cells_ * stride + kTileRows, true);
@@ -258,16 +270,22 @@ class ProbabilityGradients {
 
 // ---- The scores ----------------------------------------------------------------------------------------------------
 
-// From dS (in the strip) to the gradients of query, key and key norm. Follows ScoreSweep's passes backwards, one key row
-// after the other, while a sweep delivers S0 for the gradient of the norm.
+// From dS (in the strip) to the gradients of query, key and key norm. Follows ScoreSweep's passes backwards, one key
+// row after the other, while a sweep delivers S0 for the gradient of the norm.
 template <class T>
 class ScoreBackward {
  public:
   ScoreBackward(const QueryPlan& plan, const AttentionInputs<T>& inputs, const T* query, const KeyPanels<T>& keys,
                 const CellPanels<T>& key_columns, const T* inverse_norm, const AttentionStrip<T>& score_gradients)
-      : plan_(plan), inputs_(inputs), keys_(keys), key_columns_(key_columns), inverse_norm_(inverse_norm),
-        score_gradients_(score_gradients), row_plan_(plan.rows, inputs.queries, inputs.semantics.patch, 0),
-        width_(inputs.keys.width), sources_(pixel_list(row_plan_)),
+      : plan_(plan),
+        inputs_(inputs),
+        keys_(keys),
+        key_columns_(key_columns),
+        inverse_norm_(inverse_norm),
+        score_gradients_(score_gradients),
+        row_plan_(plan.rows, inputs.queries, inputs.semantics.patch, 0),
+        width_(inputs.keys.width),
+        sources_(pixel_list(row_plan_)),
         query_columns_(query, pixels_of(inputs.channels, inputs.queries), inputs.queries.width, sources_.size(),
                        sources_.data()),
         column_gradients_(3, plan.columns.size(), width_, std::max(1, plan.half)),
@@ -276,9 +294,12 @@ class ScoreBackward {
         correlation_gradients_(1, sources_.size() + kTileRows, round_up(width_, kTileColumns<T>), 0),
         query_gradient_(sources_.size() * query_columns_.panels() * kTileColumns<T>, true),
         blocks_{kRowsPerBlock, plan.rows.size()},
-        norm_terms_(blocks_.count() * inputs.keys.count(), true), query_(query) {
+        norm_terms_(blocks_.count() * inputs.keys.count(), true),
+        query_(query) {
     const PositionList pixels = PositionList(marks(sources_, inputs.queries.count()));
-    const auto column = [&](int64_t p, int e) { return column_neighbour(p, e, inputs_.queries.height, inputs_.queries.width); };
+    const auto column = [&](int64_t p, int e) {
+      return column_neighbour(p, e, inputs_.queries.height, inputs_.queries.width);
+    };
     const auto row = [&](int64_t p, int d) { return row_neighbour(p, d, inputs_.queries.count()); };
     const auto above = [&](int64_t p, int dy) {
       const int64_t q = p + dy * inputs_.queries.width;
@@ -339,7 +360,7 @@ class ScoreBackward {
   void fuse_columns(int64_t v) {
     const int half = plan_.half;
     const int64_t height = inputs_.keys.height;
-    run_tasks(plan_.columns.size(), [&](int64_t, int64_t i) {
+    run_tasks(plan_.columns.size(), width_, [&](int64_t, int64_t i) {
       const T* sources[kMaxFuse];
       for (int e = -half; e <= half; ++e) {
         const int32_t row = column_terms_[e + half][i];
@@ -363,7 +384,8 @@ class ScoreBackward {
     bool any = sum_present(to, sources, 2 * half + 1, width_);
     for (int d = 1; d <= half; ++d) {  // what lies past the two ends of the key row
       const T* before = v > 0 ? column_gradients_.present_row(v - 1, row_terms_[half - d][i]) : nullptr;
-      const T* after = v + 1 < inputs_.keys.height ? column_gradients_.present_row(v + 1, row_terms_[half + d][i]) : nullptr;
+      const T* after =
+          v + 1 < inputs_.keys.height ? column_gradients_.present_row(v + 1, row_terms_[half + d][i]) : nullptr;
       if (!before && !after) continue;
       if (!any) std::fill_n(to, width_, T(0));
       any = true;
@@ -380,7 +402,7 @@ class ScoreBackward {
   // dH and dG with key row v, and their products with the key and the query features.
   void correlate(int64_t v, T* dkey) {
     const int64_t pixels = static_cast<int64_t>(sources_.size());
-    run_tasks(row_plan_.patches.size(), [&](int64_t, int64_t i) {
+    run_tasks(row_plan_.patches.size(), width_, [&](int64_t, int64_t i) {
       const T* sources[kMaxPatch];
       int count = 0;
       for (int dy = -plan_.after; dy <= plan_.before; ++dy) {
@@ -390,12 +412,13 @@ class ScoreBackward {
       }
       patch_gradients_.flag(0, i) = sum_present(patch_gradients_.row(0, i), sources, count, width_);
     });
-    run_tasks(ceil_div(pixels, kTileRows), [&](int64_t, int64_t g) { add_query_gradient(g, v); });
+    run_tasks(ceil_div(pixels, kTileRows), kTileRows * width_, [&](int64_t, int64_t g) { add_query_gradient(g, v); });
     std::vector<int32_t> present;
     for (int64_t i = 0; i < pixels; ++i)
       if (correlation_gradients_.flag(0, i)) present.push_back(static_cast<int32_t>(i));
     if (!present.empty())
-      run_tasks(ceil_div(width_, kTileRows), [&](int64_t, int64_t g) { add_key_gradient(g, v, present, dkey); });
+      run_tasks(ceil_div(width_, kTileRows), kTileRows * static_cast<int64_t>(present.size()),
+                [&](int64_t, int64_t g) { add_key_gradient(g, v, present, dkey); });
   }
 
   // dG of kTileRows queries, and dquery += dG key.
@@ -494,7 +517,7 @@ void gather_probability_gradients(const AttentionInputs<T>& inputs, const PhaseG
                                   const PositionList& cells, const CellGradients<T>& cell_gradients,
                                   const AttentionStrip<T>& strip, ProbabilityGradients<T>& gradients) {
   const int64_t cell_width = inputs.queries.width + inputs.reach() - 1;
-  run_tasks(part.queries.size(), [&](int64_t, int64_t i) {
+  run_tasks(part.queries.size(), inputs.keys.count(), [&](int64_t, int64_t i) {
     const int64_t y = part.queries[i] / inputs.queries.width, x = part.queries[i] % inputs.queries.width;
     for (int64_t v = 0; v < inputs.keys.height; ++v) {
       if (!strip.present(i, v)) continue;
@@ -518,7 +541,7 @@ template <class T>
 void softmax_backward(const AttentionStrip<T>& strip, int64_t queries, const KeyLogits<T>& logits, double floor,
                       const ProbabilityGradients<T>& gradients) {
   const int64_t width = strip.keys().width;
-  run_tasks(queries, [&](int64_t, int64_t i) {
+  run_tasks(queries, strip.keys().count(), [&](int64_t, int64_t i) {
     const T inverse_sum = strip.inverse_sum(i);
     T dot = 0;
     for (int64_t v = 0; v < strip.keys().height; ++v) {
@@ -532,7 +555,8 @@ void softmax_backward(const AttentionStrip<T>& strip, int64_t queries, const Key
     dot *= inverse_sum;
     for (int64_t v = 0; v < strip.keys().height; ++v)
       if (strip.present(i, v))
-        softmax_gradient_row(strip.row(i, v), gradients.row(i, v), logits.factor.get() + v * width, inverse_sum, dot, width);
+        softmax_gradient_row(strip.row(i, v), gradients.row(i, v), logits.factor.get() + v * width, inverse_sum, dot,
+                             width);
   });
 }
 
@@ -563,13 +587,14 @@ void add_norm_gradient(const AttentionInputs<T>& inputs, NormRule rule, T eps, c
   Buffer<T> slope(keys.count());
   for (int64_t q = 0; q < keys.count(); ++q)
     slope[q] = norm_sums[q] == 0 ? T(0) : -norm_sums[q] / norm[q] * norm_slope(rule, norm[q], eps);
-  run_tasks(keys.height, [&](int64_t, int64_t y) {
+  run_tasks(keys.height, keys.width * inputs.channels, [&](int64_t, int64_t y) {
     for (int64_t x = 0; x < keys.width; ++x) {
       T sum = 0;  // of the patches that contain this pixel
       for (int64_t v = std::max<int64_t>(0, y - after); v <= std::min(keys.height - 1, y + before); ++v)
         for (int64_t u = std::max<int64_t>(0, x - after); u <= std::min(keys.width - 1, x + before); ++u)
           sum += slope[v * keys.width + u];
-      for (int64_t c = 0, q = y * keys.width + x; c < inputs.channels; ++c, q += keys.count()) dkey[q] += 2 * key[q] * sum;
+      for (int64_t c = 0, q = y * keys.width + x; c < inputs.channels; ++c, q += keys.count())
+        dkey[q] += 2 * key[q] * sum;
     }
   });
 }
@@ -595,7 +620,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
   const int64_t pixels = semantics.rate * semantics.rate * inputs.queries.count();
   const PixelWeights<T> weights(inputs.queries, semantics, selected);
   Buffer<T> weighted(inputs.value_channels * pixels);
-  run_tasks(inputs.value_channels, [&](int64_t, int64_t c) {
+  run_tasks(inputs.value_channels, pixels, [&](int64_t, int64_t c) {
     for (int64_t p = 0; p < pixels; ++p) {
       const T weight = weights(p);  // a pixel that is not wanted has no gradient, whatever arrives there
       weighted[c * pixels + p] = weight == 0 ? T(0) : weight * gradient[c * pixels + p];
@@ -630,7 +655,8 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
       for (size_t g = 0; g < groups.size(); ++g) {
         cell_gradients.clear(strip_cells.size());
         PasteBackward<T>(inputs, groups[g], values[g], weighted.get(), strip, part).run(cell_gradients);
-        gather_probability_gradients(inputs, groups[g], part, strip_cells, cell_gradients, strip, probability_gradients);
+        gather_probability_gradients(inputs, groups[g], part, strip_cells, cell_gradients, strip,
+                                     probability_gradients);
       }
     }
     if (semantics.floor >= 0) strip.compute(plan, query, keys, inverse_norm.get(), logits, unclamped);
@@ -639,7 +665,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
         .run(out.query, dkey.get(), norm_sums.get());
   }
   for (size_t g = 0; g < groups.size(); ++g) values[g].scatter(inputs.value_pixels(groups[g]), key_cells, out.value);
-  run_tasks(inputs.channels, [&](int64_t, int64_t c) {
+  run_tasks(inputs.channels, inputs.keys.count(), [&](int64_t, int64_t c) {
     for (int64_t q = 0; q < inputs.keys.count(); ++q)
       out.key[c * inputs.keys.count() + q] = dkey[q * key_columns.panels() * kTileColumns<T> + c];
   });
@@ -654,8 +680,9 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_backward(
     const std::optional<Tensor>& selected, int64_t patch, const std::string& norm_rule, double eps, int64_t fuse,
     double scale, const std::string& masking, double fill, std::optional<double> floor, int64_t rate,
     int64_t paste_size, int64_t pad_cut, int64_t pad_put, double divisor) {
-  const Semantics semantics{patch, fuse, scale, parse_masking(masking), fill, floor.value_or(-1.0),
-                            rate, paste_size, pad_cut, pad_put, divisor};
+  const Semantics semantics{
+      patch,   fuse,    scale,  parse_masking(masking), fill, floor.value_or(-1.0), rate, paste_size,
+      pad_cut, pad_put, divisor};
   check_dense(gradient, "gradient", 4);
   Tensor dquery = torch::stable::new_zeros(query, shape_of(query));
   Tensor dkey = torch::stable::new_zeros(key, shape_of(key));
@@ -671,8 +698,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_backward(
       const auto plane = [b](const Tensor& x) { return b * x.size(1) * x.size(2) * x.size(3); };
       attend_backward(inputs, gradient.const_data_ptr<T>() + plane(gradient), query.const_data_ptr<T>() + plane(query),
                       key.const_data_ptr<T>() + plane(key), value.const_data_ptr<T>() + plane(value),
-                      parse_norm_rule(norm_rule), static_cast<T>(eps), norm.const_data_ptr<T>() + b * inputs.keys.count(),
-                      logits, wanted,
+                      parse_norm_rule(norm_rule), static_cast<T>(eps),
+                      norm.const_data_ptr<T>() + b * inputs.keys.count(), logits, wanted,
                       Gradients<T>{dquery.mutable_data_ptr<T>() + plane(query), dkey.mutable_data_ptr<T>() + plane(key),
                                    dvalue.mutable_data_ptr<T>() + plane(value)});
     }

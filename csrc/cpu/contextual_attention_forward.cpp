@@ -15,25 +15,30 @@ class CellPaste {
  public:
   CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const CellPanels<T>& values,
             const PixelWeights<T>& weights)
-      : inputs_(inputs), group_(group), values_(values), weights_(weights), columns_(values.panels() * kTileColumns<T>),
+      : inputs_(inputs),
+        group_(group),
+        values_(values),
+        weights_(weights),
+        columns_(values.panels() * kTileColumns<T>),
         groups_per_task_(std::clamp<int64_t>(kAccumulatorBytes / (columns_ * kTileRows * sizeof(T)), 1, 8)),
         pieces_(key_pieces(cell_grid(inputs.keys, inputs.reach()))) {}
 
   void paste(const AttentionStrip<T>& strip, const StripCells& part, T* output) const {
     const int64_t total = static_cast<int64_t>(part.cells.size()), per_task = groups_per_task_ * kTileRows;
     std::vector<Worker> workers(worker_count());
-    run_tasks(ceil_div(total, per_task), [&](int64_t w, int64_t task) {
-      Worker& worker = workers[w];
-      if (worker.tiles.empty()) {
-        worker.sums = Buffer<T>(per_task * columns_);
-        for (int64_t g = 0; g < groups_per_task_; ++g)
-          worker.tiles.emplace_back(strip, part.queries, inputs_.queries, inputs_.reach());
-      }
-      const int64_t begin = task * per_task, end = std::min(total, begin + per_task);
-      std::fill_n(worker.sums.get(), per_task * columns_, T(0));
-      accumulate(worker, part.cells.data() + begin, end - begin);
-      scatter(worker, part.cells.data() + begin, end - begin, output);
-    });
+    run_tasks(ceil_div(total, per_task), std::min(total, per_task) * inputs_.keys.count(),
+              [&](int64_t w, int64_t task) {
+                Worker& worker = workers[w];
+                if (worker.tiles.empty()) {
+                  worker.sums = Buffer<T>(per_task * columns_);
+                  for (int64_t g = 0; g < groups_per_task_; ++g)
+                    worker.tiles.emplace_back(strip, part.queries, inputs_.queries, inputs_.reach());
+                }
+                const int64_t begin = task * per_task, end = std::min(total, begin + per_task);
+                std::fill_n(worker.sums.get(), per_task * columns_, T(0));
+                accumulate(worker, part.cells.data() + begin, end - begin);
+                scatter(worker, part.cells.data() + begin, end - begin, output);
+              });
   }
 
  private:
@@ -94,7 +99,7 @@ class CellPaste {
 template <class T>
 void write_matches(const AttentionStrip<T>& strip, const PositionList& queries, const bool* selected, int64_t* index,
                    T* maximum) {
-  run_tasks(queries.size(), [&](int64_t, int64_t i) {
+  run_tasks(queries.size(), strip.keys().count(), [&](int64_t, int64_t i) {
     const int64_t p = queries[i];
     if (selected && !selected[p]) return;
     std::tie(index[p], maximum[p]) = strip.most_attended(i);
@@ -146,8 +151,9 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_forward(
     const std::optional<Tensor>& selected, int64_t patch, const std::string& norm_rule, double eps, int64_t fuse,
     double scale, const std::string& masking, double fill, std::optional<double> floor, int64_t rate,
     int64_t paste_size, int64_t pad_cut, int64_t pad_put, double divisor, bool return_offsets) {
-  const Semantics semantics{patch, fuse, scale, parse_masking(masking), fill, floor.value_or(-1.0),
-                            rate, paste_size, pad_cut, pad_put, divisor};
+  const Semantics semantics{
+      patch,   fuse,    scale,  parse_masking(masking), fill, floor.value_or(-1.0), rate, paste_size,
+      pad_cut, pad_put, divisor};
   const int64_t batch = query.size(0);
   const std::vector<int64_t> match_shape =
       return_offsets ? std::vector<int64_t>{batch, query.size(2), query.size(3)} : std::vector<int64_t>{0};

@@ -67,8 +67,7 @@ std::tuple<Tensor, Tensor> match_patches(const Tensor& query, const Tensor& key,
   const GridSize query_grid{query.size(2), query.size(3)}, key_grid{key.size(2), key.size(3)};
   const std::vector<int64_t> shape{query.size(0), query_grid.height, query_grid.width};
   Tensor index = torch::stable::fill_(torch::stable::new_empty(query, shape, ScalarType::Long), -1);
-  Tensor score =
-      torch::stable::fill_(torch::stable::new_empty(query, shape), -std::numeric_limits<double>::infinity());
+  Tensor score = torch::stable::fill_(torch::stable::new_empty(query, shape), -std::numeric_limits<double>::infinity());
   const bool* wanted = selected ? static_cast<const bool*>(selected->data_ptr()) : nullptr;
   const std::vector<PositionList> lists = cut_queries(wanted, query_grid.count());
   dispatch_float_double(query.scalar_type(), "query", [&](auto zero) {
@@ -88,6 +87,4 @@ std::tuple<Tensor, Tensor> match_patches(const Tensor& query, const Tensor& key,
 
 }  // namespace inpaint
 
-STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CPU, m) {
-  m.impl("match_patches", TORCH_BOX(&inpaint::match_patches));
-}
+STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CPU, m) { m.impl("match_patches", TORCH_BOX(&inpaint::match_patches)); }

@@ -1,13 +1,14 @@
 // Patch scores of query positions against all keys, key row by key row, in memory that does not grow with the keys.
 //
-// Pixel correlations G(p, q) = <query[p], key[q]> of one key row are a matrix product. Everything after it is a sum along
-// diagonals, where p and q step together:
+// Pixel correlations G(p, q) = <query[p], key[q]> of one key row are a matrix product. Everything after it is a sum
+// along diagonals, where p and q step together:
 //   H(p, q)  = sum_dx G(p + (0, dx), q + (0, dx))        the patch, horizontally (in the worker's scratch)
 //   S0(p, q) = sum_dy H(p + (dy, 0), q + (dy, 0)) / n_q  the patch, vertically
 //   T(p, q)  = sum_d  S0(R_d p, R_d q)                   the fuse's row-major pass
 //   S(p, q)  = sum_e  T(C_e p, C_e q)                    the fuse's column-major pass
-// On the query side a step is a look-up in an index list, so borders, the fuse's wrap-around, boxes and scattered queries
-// are all the same code. On the key side it is a shift of a contiguous row, or another key row out of a short ring.
+// On the query side a step is a look-up in an index list, so borders, the fuse's wrap-around, boxes and scattered
+// queries are all the same code. On the key side it is a shift of a contiguous row, or another key row out of a short
+// ring.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@ namespace inpaint {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kRowsPerBlock = 192;  // a multiple of kTileRows whose correlations with a key row fit in L2
 
-constexpr int kMaxPatch = 63, kMaxFuse = 63;    // sources of one diagonal sum
+constexpr int kMaxPatch = 63, kMaxFuse = 63;  // sources of one diagonal sum
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
@@ -35,7 +36,8 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size, bool zeroed = false)
-      : data_(static_cast<T*>(std::aligned_alloc(kAlignment, round_up(std::max<int64_t>(size, 1) * sizeof(T), kAlignment)))) {
+      : data_(static_cast<T*>(
+            std::aligned_alloc(kAlignment, round_up(std::max<int64_t>(size, 1) * sizeof(T), kAlignment)))) {
     STD_TORCH_CHECK(data_ != nullptr, "inpaint_kernels: out of memory, ", size * sizeof(T), " bytes were needed");
     if (zeroed) std::memset(data_.get(), 0, size * sizeof(T));
   }
@@ -70,7 +72,7 @@ class KeyPanels {
  public:
   KeyPanels(const T* key, int64_t channels, GridSize grid)
       : channels_(channels), panels_(ceil_div(grid.width, kTileColumns<T>)), data_(grid.height * row_size(), true) {
-    run_tasks(grid.height, [&](int64_t, int64_t v) {
+    run_tasks(grid.height, grid.width * channels, [&](int64_t, int64_t v) {
       for (int64_t j = 0; j < panels_; ++j) {
         const int64_t first = j * kTileColumns<T>, count = std::min<int64_t>(kTileColumns<T>, grid.width - first);
         for (int64_t c = 0; c < channels; ++c)
@@ -119,9 +121,9 @@ class PositionList {
 // The queries each pass needs so that `scores` are complete, and where each finds its terms in the list before it.
 struct QueryPlan {
   GridSize grid;
-  int before, after;  // reach of the patch around its position
-  int half;           // reach of the fuse, 0: none
-  PositionList scores, columns, rows, patches;   // S, T, S0 and H
+  int before, after;                               // reach of the patch around its position
+  int half;                                        // reach of the fuse, 0: none
+  PositionList scores, columns, rows, patches;     // S, T, S0 and H
   std::vector<std::vector<int32_t>> column_terms;  // [e][i]: C_e of scores[i] in columns
   std::vector<std::vector<int32_t>> row_terms;     // [d][i]: R_d of columns[i] in rows
   std::vector<std::vector<int32_t>> patch_terms;   // [dy][i]: rows[i] + (dy, 0) in patches
@@ -180,9 +182,9 @@ struct Blocks {
 // One block of QueryPlan::patches with the queries whose correlations it needs, packed as tiles for multiply_tile.
 template <class T>
 struct CorrelationBlock {
-  int64_t groups = 0;                              // of kTileRows correlation rows
-  std::vector<std::vector<int32_t>> terms;         // [dx][i]: row of the correlations, kNowhere outside the map
-  Buffer<T> tiles;                                 // [groups][chunks of kTileInner channels][kTileSize]
+  int64_t groups = 0;                       // of kTileRows correlation rows
+  std::vector<std::vector<int32_t>> terms;  // [dx][i]: row of the correlations, kNowhere outside the map
+  Buffer<T> tiles;                          // [groups][chunks of kTileInner channels][kTileSize]
 };
 
 // Blocks are cut at the ends of grid rows where that is possible: there the patch has no neighbours to share.
@@ -209,8 +211,7 @@ CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int6
   std::sort(needed.begin(), needed.end());
   needed.erase(std::unique(needed.begin(), needed.end()), needed.end());
   const auto local = [&](int64_t p) {
-    return p < 0 ? kNowhere
-                 : static_cast<int32_t>(std::lower_bound(needed.begin(), needed.end(), p) - needed.begin());
+    return p < 0 ? kNowhere : static_cast<int32_t>(std::lower_bound(needed.begin(), needed.end(), p) - needed.begin());
   };
   for (int dx = -plan.before; dx <= plan.after; ++dx) {
     auto& found = block.terms.emplace_back(end - begin);
@@ -236,11 +237,12 @@ class SlabRing {
  public:
   SlabRing() = default;
   SlabRing(int64_t slabs, int64_t rows, int64_t width, int64_t border)
-      : slabs_(slabs), rows_(rows), border_(round_up(border, kLanes<T>)),
-        stride_(2 * border_ + round_up(width, kLanes<T>)), data_(slabs * rows * stride_, true) {}
-  T* row(int64_t slab, int64_t i) const {
-    return data_.get() + (slab % slabs_ * rows_ + i) * stride_ + border_;
-  }
+      : slabs_(slabs),
+        rows_(rows),
+        border_(round_up(border, kLanes<T>)),
+        stride_(2 * border_ + round_up(width, kLanes<T>)),
+        data_(slabs * rows * stride_, true) {}
+  T* row(int64_t slab, int64_t i) const { return data_.get() + (slab % slabs_ * rows_ + i) * stride_ + border_; }
 
  private:
   int64_t slabs_ = 1, rows_ = 0, border_ = 0, stride_ = 0;
@@ -255,11 +257,17 @@ class ScoreSweep {
  public:
   // query [C, hq, wq]; inverse_norm [hk, wk] or null for 1.
   ScoreSweep(const QueryPlan& plan, const T* query, const KeyPanels<T>& keys, GridSize key_grid, const T* inverse_norm)
-      : plan_(plan), keys_(keys), grid_(key_grid), inverse_norm_(inverse_norm), patch_blocks_(patch_blocks(plan)),
-        column_blocks_{kRowsPerBlock, plan.columns.size()}, score_blocks_{kRowsPerBlock, plan.scores.size()},
-        inner_(std::min<int64_t>(kTileInner, keys.channels())), workers_(worker_count()) {
+      : plan_(plan),
+        keys_(keys),
+        grid_(key_grid),
+        inverse_norm_(inverse_norm),
+        patch_blocks_(patch_blocks(plan)),
+        column_blocks_{kRowsPerBlock, plan.columns.size()},
+        score_blocks_{kRowsPerBlock, plan.scores.size()},
+        inner_(std::min<int64_t>(kTileInner, keys.channels())),
+        workers_(worker_count()) {
     blocks_.resize(patch_blocks_.count());
-    run_tasks(patch_blocks_.count(), [&](int64_t, int64_t b) {
+    run_tasks(patch_blocks_.count(), kRowsPerBlock * keys.channels(), [&](int64_t, int64_t b) {
       blocks_[b] = correlation_block(plan_, patch_blocks_.begin(b), patch_blocks_.end(b), query, keys.channels());
     });
     for (int64_t k = 0; k < static_cast<int64_t>(inner_.size()); ++k) inner_[k] = static_cast<int32_t>(k);
@@ -277,10 +285,11 @@ class ScoreSweep {
     // One parallel region per key row: each pass works on a key row whose terms the regions before it have finished.
     // T of a key row is complete one region after it was summed (its last keys take terms from the next key row).
     const int64_t tasks = std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()});
+    const int64_t work = grid_.width * keys_.channels() * std::min<int64_t>(kRowsPerBlock, plan_.patches.size());
     const int64_t sum_lag = plan_.after + 1, emit_lag = plan_.half ? sum_lag + plan_.half + 2 : sum_lag;
     for (int64_t v = 0; v < grid_.height + emit_lag; ++v) {
       const int64_t summed = v - sum_lag, fused = v - emit_lag;
-      run_tasks(tasks, [&](int64_t worker, int64_t b) {
+      run_tasks(tasks, work, [&](int64_t worker, int64_t b) {
         if (v < grid_.height && b < patch_blocks_.count()) correlate(worker, b, v);
         if (summed >= 0 && summed < grid_.height && b < column_blocks_.count()) {
           if (plan_.half)
@@ -293,7 +302,7 @@ class ScoreSweep {
       if (summed >= 0 && summed < grid_.height) finish(summed);
     }
     for (int64_t v = 0; v < std::min<int64_t>(plan_.half, grid_.height); ++v)
-      run_tasks(score_blocks_.count(), [&](int64_t worker, int64_t b) { fuse_columns(worker, b, v, emit); });
+      run_tasks(score_blocks_.count(), work, [&](int64_t worker, int64_t b) { fuse_columns(worker, b, v, emit); });
   }
 
  private:
@@ -341,7 +350,8 @@ class ScoreSweep {
     for (int64_t i = patch_blocks_.begin(b); i < patch_blocks_.end(b); ++i) {
       for (size_t j = 0; j < sources.size(); ++j) {
         const int32_t row = block.terms[j][i - patch_blocks_.begin(b)];
-        sources[j] = row < 0 ? nullptr : correlations + row * correlation_stride_ + static_cast<int64_t>(j) - plan_.before;
+        sources[j] =
+            row < 0 ? nullptr : correlations + row * correlation_stride_ + static_cast<int64_t>(j) - plan_.before;
       }
       sum_rows(patch_ring_.row(v, i), sources.data(), static_cast<int>(sources.size()), grid_.width);
     }
@@ -433,7 +443,7 @@ class ScoreSweep {
   int64_t workers_, kept_ = 0, correlation_border_ = 0, correlation_stride_ = 0;
   std::vector<CorrelationBlock<T>> blocks_;
   SlabRing<T> patch_ring_, column_ring_, kept_columns_;
-  Buffer<T> row_ends_;                  // [columns][half]
+  Buffer<T> row_ends_;                          // [columns][half]
   std::vector<Buffer<T>> correlations_, line_;  // per worker
   std::vector<SlabRing<T>> rows_;               // per worker
 };

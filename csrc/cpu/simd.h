@@ -1,8 +1,8 @@
 // Vector loops of the CPU kernels, compiled for three instruction sets and chosen when the library is loaded.
 //
-// A function marked INPAINT_CLONES is compiled once per instruction set; what it calls must be INPAINT_INLINE. Reductions
-// keep 64-byte accumulators explicitly, so the order of their sums is the same on every machine and for any number of
-// threads.
+// A function marked INPAINT_CLONES is compiled once per instruction set; what it calls must be INPAINT_INLINE.
+// Reductions keep 64-byte accumulators explicitly, so the order of their sums is the same on every machine and for any
+// number of threads.
 #pragma once
 
 #include <atomic>
@@ -92,9 +92,9 @@ INPAINT_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
   constexpr T round_to_int = is_float ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa_bits
   constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
   constexpr T ln2_low = is_float ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  constexpr T inverse_factorial[] = {1.0,         1.0,          0.5,           1.0 / 6,        1.0 / 24,
-                                     1.0 / 120,   1.0 / 720,    1.0 / 5040,    1.0 / 40320,    1.0 / 362880,
-                                     1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr T inverse_factorial[] = {
+      1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   const IntVector underflow = x < lowest;
   x = underflow ? Vector<T>{} + lowest : x;
   const Vector<T> shifted = x * T(1.44269504088896340736) + round_to_int;
@@ -173,8 +173,7 @@ INPAINT_INLINE T affine_max_body(T* __restrict to, const T* __restrict from, con
   Vector<T> max = Vector<T>{} + lowest;
   int64_t i = 0;
   for (; i + kLanes<T> <= length; i += kLanes<T>) {
-    const Vector<T> y =
-        load<Vector<T>>(from + i) * load<Vector<T>>(scale + i) + load<Vector<T>>(bias + i);
+    const Vector<T> y = load<Vector<T>>(from + i) * load<Vector<T>>(scale + i) + load<Vector<T>>(bias + i);
     store(to + i, y);
     max = y > max ? y : max;
   }
@@ -242,7 +241,9 @@ INPAINT_INLINE T dot_row_body(const T* a, const T* b, int64_t length) {
   return total;
 }
 
-INPAINT_CLONES inline float dot_row(const float* a, const float* b, int64_t length) { return dot_row_body(a, b, length); }
+INPAINT_CLONES inline float dot_row(const float* a, const float* b, int64_t length) {
+  return dot_row_body(a, b, length);
+}
 INPAINT_CLONES inline double dot_row(const double* a, const double* b, int64_t length) {
   return dot_row_body(a, b, length);
 }
@@ -265,12 +266,19 @@ INPAINT_CLONES inline void softmax_gradient_row(double* row, const double* gradi
 
 // ---- Tasks -------------------------------------------------------------------------------------------------------
 
-// Calls task(worker, i) for i in [0, count), each exactly once, on torch's threads; worker < worker_count(). Which
-// worker runs which task varies, so tasks must not depend on it.
 inline int64_t worker_count() { return torch::stable::get_num_threads(); }
 
+// Less work than this, in values read and computed, is done before a second thread has woken up.
+constexpr int64_t kParallelWork = 1 << 15;
+
+// Calls task(worker, i) for i in [0, count), each exactly once, on torch's threads; worker < worker_count(). Which
+// worker runs which task varies, so tasks must not depend on it. `work`: roughly the values that one task handles.
 template <class Task>
-void run_tasks(int64_t count, const Task& task) {
+void run_tasks(int64_t count, int64_t work, const Task& task) {
+  if (count * work < kParallelWork) {
+    for (int64_t i = 0; i < count; ++i) task(0, i);
+    return;
+  }
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(count, worker_count());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {

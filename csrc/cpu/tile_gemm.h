@@ -3,8 +3,8 @@
 //
 //   C[12 x kTileColumns] (+)= A[12 x inner] * B[inner x kTileColumns]
 //
-// A is a row-major tile of kTileInner columns, B a panel of consecutive rows of kTileColumns. 12 x 2 vectors of 64 bytes
-// fill 24 of AVX-512's 32 registers; measured on a Zen 4 core: 105 GFLOP/s, torch's own GEMMs 85 to 105.
+// A is a row-major tile of kTileInner columns, B a panel of consecutive rows of kTileColumns. 12 x 2 vectors of 64
+// bytes fill 24 of AVX-512's 32 registers; measured on a Zen 4 core: 105 GFLOP/s, torch's own GEMMs 85 to 105.
 #pragma once
 
 #include "simd.h"

@@ -7,8 +7,8 @@ namespace {
 
 // energy[b, p] = sum_c key[b, c, p]^2. Neighbouring threads read neighbouring positions of one channel: coalesced.
 template <class T>
-__global__ void contextual_attention_key_energy_kernel(const T* __restrict__ key, T* __restrict__ energy,
-                                                       int64_t batch, int64_t channels, int64_t positions) {
+__global__ void contextual_attention_key_energy_kernel(const T* __restrict__ key, T* __restrict__ energy, int64_t batch,
+                                                       int64_t channels, int64_t positions) {
   for (int64_t i = global_thread(); i < batch * positions; i += grid_stride()) {
     const T* pixel = key + (i / positions) * channels * positions + i % positions;
     T sum = 0;
@@ -23,8 +23,8 @@ __global__ void contextual_attention_key_energy_kernel(const T* __restrict__ key
 // norm[b, y, x] = rule(sum of energy over the patch around (y, x)), zero outside the map.
 template <class T>
 __global__ void contextual_attention_key_norm_kernel(const T* __restrict__ energy, T* __restrict__ norm, int64_t batch,
-                                                     int64_t height, int64_t width, int64_t patch, NormRule rule,
-                                                     T eps, T patch_elements) {
+                                                     int64_t height, int64_t width, int64_t patch, NormRule rule, T eps,
+                                                     T patch_elements) {
   const int64_t positions = height * width;
   for (int64_t i = global_thread(); i < batch * positions; i += grid_stride()) {
     const T* map = energy + (i / positions) * positions;

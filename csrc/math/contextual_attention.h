@@ -41,8 +41,8 @@ INPAINT_HOST_DEVICE inline T patch_norm(NormRule rule, T squared_norm, T eps, T 
   return T(1);
 }
 
-// The fuse's neighbours of position p of a row-major grid: `step` further in row-major (R_d) or column-major order (C_e).
-// Both run on past the end of a line into the next one; -1 past the two ends of the grid.
+// The fuse's neighbours of position p of a row-major grid: `step` further in row-major (R_d) or column-major order
+// (C_e). Both run on past the end of a line into the next one; -1 past the two ends of the grid.
 INPAINT_HOST_DEVICE constexpr int64_t row_neighbour(int64_t p, int64_t step, int64_t count) {
   const int64_t i = p + step;
   return i >= 0 && i < count ? i : -1;

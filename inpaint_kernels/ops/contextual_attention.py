@@ -10,7 +10,13 @@ from torch import Tensor
 
 from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
-from inpaint_kernels._checks import check_choice, check_floating, check_same_device, check_shape
+from inpaint_kernels._checks import (
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
 from inpaint_kernels.ops._contextual_attention_presets import (
     PRESETS,
     ContextualAttentionPreset,
@@ -158,7 +164,7 @@ def _pose(
     overrides: dict[str, Any],
 ) -> tuple[_Problem, Tensor | None]:
     """Check the arguments and bring them to the matching grid; also the bool [hq, wq] mask of wanted queries."""
-    semantics = _resolve_preset(preset, overrides)
+    semantics = resolve_preset(preset, overrides)
     rate = semantics.rate if semantics.grid != "none" else 1
     _check_maps(f, b, value, semantics, rate)
     query_size = (f.shape[2] // rate, f.shape[3] // rate)
@@ -178,7 +184,7 @@ def _pose(
     return _Problem(query, key, b if value is None else value, valid, key_scale, key_bias, semantics), selected
 
 
-def _resolve_preset(
+def resolve_preset(
     preset: str | ContextualAttentionPreset, overrides: dict[str, Any]
 ) -> ContextualAttentionPreset:
     if isinstance(preset, str):
@@ -199,26 +205,29 @@ def _resolve_preset(
 def _check_maps(
     f: Tensor, b: Tensor, value: Tensor | None, semantics: ContextualAttentionPreset, rate: int
 ) -> None:
-    check_shape("f", f, "B C H W")
+    sizes = check_shape("f", f, "B C H W")
     check_floating("f", f)
     if b is not f:
-        check_shape("b", b, "B C Hb Wb", B=f.shape[0], C=f.shape[1])
+        check_shape("b", b, "B C Hb Wb", B=sizes["B"], C=sizes["C"])
     if value is not None:
-        check_shape("value", value, "B Cv Hv Wv", B=f.shape[0])
-    for name, x in (("b", b), ("value", value)):
-        if x is not None and x is not f:
-            check_same_device(name, x, "f", f)
-            if x.dtype != f.dtype:
-                raise TypeError(f"{name}: expected dtype {f.dtype} as f, got {x.dtype}")
-    for name, x in (("f", f), ("b", b)):
-        height, width = x.shape[2], x.shape[3]
-        if height < rate or width < rate:
-            raise ValueError(f"{name}: expected H and W of at least rate={rate}, got H={height}, W={width}")
-        if not semantics.odd_sizes and (height % rate or width % rate):
-            raise ValueError(
-                f"{name}: expected H and W divisible by rate={rate} (this preset is not defined elsewhere; "
-                f"odd_sizes=True crops), got H={height}, W={width}"
-            )
+        check_shape("value", value, "B Cv Hv Wv", B=sizes["B"])
+    if b is not f or value is not None:
+        check_same_device(f=f, b=b, value=value)
+        check_same_dtype(f=f, b=b, value=value)
+    _check_map_size("f", f, rate, semantics)
+    if b is not f:
+        _check_map_size("b", b, rate, semantics)
+
+
+def _check_map_size(name: str, x: Tensor, rate: int, semantics: ContextualAttentionPreset) -> None:
+    height, width = x.shape[2], x.shape[3]
+    if height < rate or width < rate:
+        raise ValueError(f"{name}: expected H and W of at least rate={rate}, got H={height}, W={width}")
+    if not semantics.odd_sizes and (height % rate or width % rate):
+        raise ValueError(
+            f"{name}: expected H and W divisible by rate={rate} (this preset is not defined elsewhere; "
+            f"odd_sizes=True crops), got H={height}, W={width}"
+        )
 
 
 def query_mask(queries: Box | Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -237,25 +246,22 @@ def query_mask(queries: Box | Tensor, size: tuple[int, int], device: torch.devic
 
 
 def _check_mask(mask: Tensor, f: Tensor, b: Tensor) -> None:
-    sizes = check_shape("mask", mask, "M 1 Hm Wm")
-    check_same_device("mask", mask, "f", f)
-    if sizes["M"] not in (1, f.shape[0]):
-        raise ValueError(f"mask: expected a batch of 1 or {f.shape[0]} (that of f), got {sizes['M']}")
-    factor = max(1, sizes["Hm"] // b.shape[2])
-    if (sizes["Hm"], sizes["Wm"]) != (factor * b.shape[2], factor * b.shape[3]):
+    sizes = check_shape("mask", mask, "B|1 1 Hm Wm", B=f.shape[0])
+    check_same_device(mask=mask, f=f)
+    height, width = sizes["Hm"], sizes["Wm"]
+    factor = max(1, height // b.shape[2])
+    if height != factor * b.shape[2] or width != factor * b.shape[3]:
         raise ValueError(
             f"mask: expected the size of b, {b.shape[2]} x {b.shape[3]}, or a whole multiple of it, "
-            f"got {sizes['Hm']} x {sizes['Wm']}"
+            f"got {height} x {width}"
         )
 
 
 def _check_per_key(name: str, x: Tensor, f: Tensor, key_size: tuple[int, int]) -> None:
-    sizes = check_shape(name, x, "M hk wk", hk=key_size[0], wk=key_size[1])
-    check_same_device(name, x, "f", f)
-    if sizes["M"] not in (1, f.shape[0]):
-        raise ValueError(f"{name}: expected a batch of 1 or {f.shape[0]} (that of f), got {sizes['M']}")
+    check_shape(name, x, "B|1 hk wk", B=f.shape[0], hk=key_size[0], wk=key_size[1])
+    check_same_device(**{name: x, "f": f})
     if x.requires_grad:
-        raise ValueError(f"{name}: has no gradient here; expected a tensor that does not require one (detach it)")
+        raise ValueError(f"{name}: expected a tensor that requires no gradient (there is none; detach it)")
 
 
 # 3. Schema -------------------------------------------------------------------------------------------------------------
@@ -324,8 +330,9 @@ def _prepare(
 def _cpu_reasons(problem: _Problem) -> list[str]:
     if problem.query.device.type != "cpu":
         return [f"the tensors are on {problem.query.device}, not on the CPU"]
-    if not _native.available("contextual_attention_forward", "CPU"):
-        return [_native.reason() or "the native library has no CPU kernel"]
+    missing = _native.why_not("contextual_attention_forward", "CPU")
+    if missing is not None:
+        return [missing]
     halo = problem.semantics.fuse // 2
     if min(*problem.query.shape[2:], *problem.key.shape[2:]) < halo:
         return [f"a matching grid is smaller than fuse // 2 = {halo}"]
@@ -360,11 +367,13 @@ BACKENDS = OpBackends(
 
 
 def _cpu_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.inpaint_native.contextual_attention_forward(*args)
+    with _native.interruptible():
+        return torch.ops.inpaint_native.contextual_attention_forward(*args)
 
 
 def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.inpaint_native.contextual_attention_backward(*args)
+    with _native.interruptible():
+        return torch.ops.inpaint_native.contextual_attention_backward(*args)
 
 
 _FORWARD = {"cpu": _cpu_forward, "portable": portable.forward, "reference": reference.forward}
@@ -374,23 +383,46 @@ _BACKWARD = {"cpu": _cpu_backward, "portable": portable.backward, "reference": r
 @torch.library.impl(_library, "contextual_attention", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
-    output, index, maximum = _FORWARD[backend](*_upcast(query, key, value), *arguments)
+    dtype = _accumulation_dtype(query)
+    output, index, maximum = _FORWARD[backend](
+        *_dense_maps(dtype, query, key, value), *_dense_per_position(dtype, *arguments[:4]), *arguments[4:]
+    )
     return output.to(value.dtype), index, maximum
 
 
 @torch.library.impl(_library, "contextual_attention_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
-    gradients = _BACKWARD[backend](*_upcast(grad, query, key, value), *arguments)
-    return tuple(g.to(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True))  # type: ignore[return-value]
+    dtype = _accumulation_dtype(query)
+    dquery, dkey, dvalue = _BACKWARD[backend](
+        grad.to(dtype).contiguous(),
+        *_dense_maps(dtype, query, key, value),
+        *_dense_per_position(dtype, *arguments[:4]),
+        *arguments[4:],
+    )
+    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
-def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, in the dtype that the scores accumulate in."""
-    dtype = _accumulation_dtype(tensors[0])
-    return tuple(x.to(dtype).contiguous() for x in tensors)
+def _dense_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous maps in the dtype that the scores accumulate in; one copy where query and key are one tensor."""
+    dense_query = query.to(dtype).contiguous()
+    dense_key = dense_query if key is query else key.to(dtype).contiguous()
+    return dense_query, dense_key, value.to(dtype).contiguous()
+
+
+def _dense_per_position(
+    dtype: torch.dtype,
+    valid: Tensor | None,
+    key_scale: Tensor | None,
+    key_bias: Tensor | None,
+    selected: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return (
+        None if valid is None else valid.contiguous(),
+        None if key_scale is None else key_scale.to(dtype).contiguous(),
+        None if key_bias is None else key_bias.to(dtype).contiguous(),
+        None if selected is None else selected.contiguous(),
+    )
 
 
 # 6. Autograd and autocast ----------------------------------------------------------------------------------------------

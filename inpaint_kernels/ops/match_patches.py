@@ -30,11 +30,11 @@ class PatchMatches(NamedTuple):
         score: [B, hq, wq] float32 (float64 for float64 inputs), the score of that key; -inf there.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     score: Tensor
 
 
-# 1. The public function ------------------------------------------------------------------------------------------------
+# 1. The public function -----------------------------------------------------------------------------------------------
 
 
 def match_patches(
@@ -55,8 +55,9 @@ def match_patches(
         score(p, q) = key_scale[q] * sum over delta of <query[p + delta], key[q + delta]> + key_bias[q]
         index(p)    = the q with the largest score(p, q)
 
-    The scores are never stored together: memory is bounded by one tile of queries and keys. Only the ``queries`` asked for
-    are computed. Scores accumulate in float32 (float64 for float64 inputs). There is no gradient; inputs are detached.
+    Scores are never stored together: memory is bounded by one tile of queries and keys. Only the ``queries`` asked
+    for are computed. Scores accumulate in float32 (float64 for float64 inputs). There is no gradient: inputs are
+    detached.
 
     A sum of squared differences with a weight w per query pixel is the same search: with query channels [2 w x, -w] and
     key channels [k, |k|^2], the score is the sum over the window of w * (2 <x, k> - |k|^2), largest where
@@ -66,7 +67,8 @@ def match_patches(
         query: [B, C, hq, wq] float16, bfloat16, float32 or float64.
         key: [B, C, hk, wk], same dtype and device.
         patch: side of the patches, at least 1.
-        key_scale, key_bias: [B or 1, hk, wk] floating; factor and offset of each key's score.
+        key_scale: [B or 1, hk, wk] floating, factor of each key's correlation; None: 1.
+        key_bias: [B or 1, hk, wk] floating, offset of each key's score; None: 0.
         queries: positions that are wanted: a box (y0, x0, y1, x1), end exclusive, or a bool mask [hq, wq]. Cost is
             proportional to their number. None: all.
         valid: [B or 1, hk, wk] bool, the keys that may be chosen; None: all.
@@ -80,15 +82,13 @@ def match_patches(
         RuntimeError: an explicitly requested backend cannot run; the message says why.
 
     References:
-        Criminisi et al., Region Filling and Object Removal by Exemplar-Based Image Inpainting, IEEE TIP 2004 (the search).
+        Criminisi et al., Region Filling and Object Removal by Exemplar-Based Image Inpainting, IEEE TIP 2004.
     """
-    problem = _prepare(
-        query, key, patch=patch, key_scale=key_scale, key_bias=key_bias, queries=queries, valid=valid
-    )
+    problem = _prepare(query, key, patch=patch, key_scale=key_scale, key_bias=key_bias, queries=queries, valid=valid)
     return PatchMatches(*torch.ops.inpaint_kernels.match_patches(*problem, BACKENDS.choose(problem, backend)))
 
 
-# 2. Checks -------------------------------------------------------------------------------------------------------------
+# 2. Checks ------------------------------------------------------------------------------------------------------------
 
 
 class _Problem(NamedTuple):
@@ -141,7 +141,7 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-# 3. Schema -------------------------------------------------------------------------------------------------------------
+# 3. Schema ------------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
@@ -150,7 +150,7 @@ _library.define(
 )
 
 
-# 4. Fake ---------------------------------------------------------------------------------------------------------------
+# 4. Fake --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("inpaint_kernels::match_patches", lib=_library)
@@ -159,15 +159,14 @@ def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=_accumulation_dtype(query))
 
 
-# 5. Backends -----------------------------------------------------------------------------------------------------------
+# 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
     if problem.query.device.type != "cpu":
         return [f"the tensors are on {problem.query.device}, not on the CPU"]
-    if not _native.registered("match_patches", "CPU"):
-        return [_native.reason() or "the native library has no CPU kernel"]
-    return []
+    why = _native.why_not("match_patches", "CPU")
+    return [] if why is None else [why]
 
 
 def _always(problem: _Problem) -> list[str]:
@@ -178,7 +177,7 @@ BACKENDS = OpBackends("match_patches", _prepare, {"cpu": _cpu_reasons, "portable
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.inpaint_native.match_patches(*args)  # type: ignore[no-any-return]
+    return torch.ops.inpaint_native.match_patches(*args)
 
 
 _KERNELS = {"cpu": _cpu, "portable": portable.match_patches, "reference": reference.match_patches}

@@ -2,7 +2,7 @@
 
 Everything between the pixel correlation and the paste is a chain of *diagonal sums*
 
-    out(p, q) = sum over steps s of source(query neighbour s of p, key neighbour s of q),     0 where either is undefined
+    out(p, q) = sum over steps s of source(query neighbour s of p, key neighbour s of q),    0 where either is undefined
 
 over one axis at a time: the k x k patch score is a vertical and a horizontal one, the fuse one along rows and one along
 columns (with wrap-around), the paste one per axis too. A tile holds scores as a matrix: one row per query position it
@@ -16,10 +16,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -44,36 +44,32 @@ class Semantics:
     divisor: float
 
 
-class Run(NamedTuple):
-    """``count`` consecutive rows from ``out`` on read those from ``source`` on."""
+Run = tuple[slice, slice]
+"""Consecutive rows of the sum, and those of the source that they read."""
 
-    out: int
-    source: int
-    count: int
-
-
-class Box(NamedTuple):
-    """A box of keys ``height`` x ``width`` at (out_y, out_x) reads the one at (source_y, source_x)."""
-
-    out_y: int
-    out_x: int
-    source_y: int
-    source_x: int
-    height: int
-    width: int
+Box = tuple[tuple[slice, slice], tuple[slice, slice]]
+"""A box of keys (rows, columns) of the sum, and the one of the source that it reads."""
 
 
 class Step(NamedTuple):
-    """One term of a diagonal sum: the neighbour of a query position (-1: undefined), and where each key finds its own."""
+    """One term of a diagonal sum: the neighbour of a query position (-1: none), and where each key finds its own."""
 
     query_neighbour: Callable[[Tensor], Tensor]
     boxes: list[Box]
 
 
 class Stage(NamedTuple):
-    """One diagonal sum on whole maps. The first step of a ``covering`` one is defined for every query and key."""
+    """One diagonal sum on whole maps.
+
+    Attributes:
+        steps: its terms.
+        positions: number of query positions on the source's side.
+        out_keys, source_keys: key grids of the sum and of the source.
+        covering: whether the first step is defined for every query and key.
+    """
 
     steps: list[Step]
+    positions: int
     out_keys: Grid
     source_keys: Grid
     covering: bool
@@ -88,7 +84,7 @@ class Pass(NamedTuple):
     source_rows: int
 
 
-# Neighbours on the query side, boxes on the key side --------------------------------------------------------------------
+# Neighbours on the query side, boxes on the key side ------------------------------------------------------------------
 
 
 def _shifted(positions: Tensor, out_width: int, source: Grid, dy: int, dx: int) -> Tensor:
@@ -113,10 +109,12 @@ def _next_in_columns(positions: Tensor, grid: Grid, step: int) -> Tensor:
 
 
 def _box(out: Grid, source: Grid, dy: int, dx: int, top: int = 0, bottom: int | None = None) -> list[Box]:
-    """Keys of rows top..bottom (end exclusive) of ``out`` whose (dy, dx) neighbour lies inside ``source``: one box or none."""
+    """Keys in rows top to bottom of ``out`` whose (dy, dx) neighbour lies inside ``source``: one box or none."""
     y0, x0 = max(top, -dy), max(0, -dx)
     y1, x1 = min(out[0] if bottom is None else bottom, source[0] - dy), min(out[1], source[1] - dx)
-    return [Box(y0, x0, y0 + dy, x0 + dx, y1 - y0, x1 - x0)] if y0 < y1 and x0 < x1 else []
+    if y0 >= y1 or x0 >= x1:
+        return []
+    return [((slice(y0, y1), slice(x0, x1)), (slice(y0 + dy, y1 + dy), slice(x0 + dx, x1 + dx)))]
 
 
 def _column_boxes(grid: Grid, step: int) -> list[Box]:
@@ -142,17 +140,19 @@ def score_stages(queries: Grid, keys: Grid, semantics: Semantics) -> list[Stage]
         neighbour = partial(_shifted, out_width=queries[1], source=queries, dy=dy, dx=dx)
         return Step(neighbour, _box(keys, keys, dy, dx))
 
+    positions = queries[0] * queries[1]
     window = _centred(semantics.patch)
     stages = [
-        Stage([shift(d, 0) for d in window], keys, keys, covering=True),
-        Stage([shift(0, d) for d in window], keys, keys, covering=True),
+        Stage([shift(d, 0) for d in window], positions, keys, keys, covering=True),
+        Stage([shift(0, d) for d in window], positions, keys, keys, covering=True),
     ]
     if semantics.fuse > 1:
         window = _centred(semantics.fuse)
         line = (1, keys[0] * keys[1])
         rows = [Step(partial(_next_in_rows, grid=queries, step=d), _box(line, line, 0, d)) for d in window]
         columns = [Step(partial(_next_in_columns, grid=queries, step=d), _column_boxes(keys, d)) for d in window]
-        stages += [Stage(rows, line, line, covering=True), Stage(columns, keys, keys, covering=True)]
+        stages.append(Stage(rows, positions, line, line, covering=True))
+        stages.append(Stage(columns, positions, keys, keys, covering=True))
     return stages
 
 
@@ -163,12 +163,16 @@ class PastePhases(NamedTuple):
     sum over e of A(u - e, w - e), 0 <= e < ceil((paste_size - phase) / rate) per axis. ``stages``: along x, along y.
     """
 
-    phases_y: slice
-    phases_x: slice
+    y: slice
+    x: slice
     stages: list[Stage]
 
+    def of(self, cells: Tensor) -> Tensor:
+        """These pixels of cells [cells, Cv, rate, rate]."""
+        return cells[:, :, self.y, self.x]
 
-def paste_stages(queries: Grid, keys: Grid, semantics: Semantics) -> list[PastePhases]:
+
+def paste_phases(queries: Grid, keys: Grid, semantics: Semantics) -> list[PastePhases]:
     """One entry if ``paste_size`` is a multiple of ``rate``, else four."""
     rate = semantics.rate
     most, remainder = -(-semantics.paste_size // rate), semantics.paste_size % rate
@@ -187,31 +191,32 @@ def paste_stages(queries: Grid, keys: Grid, semantics: Semantics) -> list[PasteP
         return Step(neighbour, _box((hk + more, wk + more), (hk, wk + more), -e, 0))
 
     def stages(count_y: int, count_x: int) -> list[Stage]:
+        wide, full = (hk, wk + more), (hk + more, wk + more)
         return [
-            Stage([along_x(e) for e in range(count_x)], (hk, wk + more), keys, covering=False),
-            Stage([along_y(e) for e in range(count_y)], (hk + more, wk + more), (hk, wk + more), covering=False),
+            Stage([along_x(e) for e in range(count_x)], hq * wq, wide, keys, covering=False),
+            Stage([along_y(e) for e in range(count_y)], hq * (wq + more), full, wide, covering=False),
         ]
 
     return [PastePhases(py, px, stages(ny, nx)) for py, ny in axis for px, nx in axis]
 
 
-# Tiles -----------------------------------------------------------------------------------------------------------------
+# Tiles ----------------------------------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
-    """What is computed together. All positions are flat, ascending, on the CPU.
+    """What is computed together.
 
     Attributes:
-        queries: positions whose probabilities are needed.
-        pixels: positions whose pixel correlations are needed.
-        cells: cells of the output (on the grid extended by the paste) that receive something, within the canvas.
+        queries: flat positions whose probabilities are needed, ascending (on the CPU).
+        pixels: flat positions whose pixel correlations are needed, as slices.
+        cells: cells of the canvas (see :class:`Selection`) that receive something, as slices.
         scores: the passes from ``pixels`` to ``queries``.
-        pastes: for every entry of :func:`paste_stages` its passes from ``queries`` to ``cells``.
+        pastes: for every entry of :func:`paste_phases` its passes from ``queries`` to ``cells``.
     """
 
     queries: Tensor
-    pixels: Tensor
-    cells: Tensor
+    pixels: list[slice]
+    cells: list[slice]
     scores: list[Pass]
     pastes: list[list[Pass]]
 
@@ -222,17 +227,23 @@ class Tile(NamedTuple):
         return max(max(one.out_rows, one.source_rows) for one in sums)
 
 
-def _runs(neighbours: Tensor, sources: Tensor) -> list[Run]:
-    """Rows whose neighbour is among the ascending ``sources``, as runs."""
-    if not (sources.numel() and neighbours.numel()):
-        return []
-    row = torch.searchsorted(sources, neighbours).clamp(max=sources.numel() - 1)
-    row = torch.where(sources[row] == neighbours, row, -1)
-    continues = (row[1:] == row[:-1] + 1) & (row[:-1] >= 0)
-    starts = F.pad(~continues, (1, 0), value=True).nonzero()[:, 0]
-    counts = torch.diff(starts, append=starts.new_tensor([row.numel()]))
-    triples = torch.stack((starts, row[starts], counts), 1)
-    return [Run(*triple) for triple in triples[triples[:, 1] >= 0].tolist()]
+def _runs(neighbours: Tensor, sources: Tensor, positions: int) -> list[Run]:
+    """Rows whose neighbour is among the ascending ``sources``, as runs. ``positions``: size of the sources' grid."""
+    row_of = torch.full((positions + 1,), -1, device="cpu")  # the last entry is that of neighbour -1
+    row_of[sources] = torch.arange(sources.numel(), device="cpu")
+    return [(out, source) for out, source in _consecutive(row_of[neighbours]) if source.start >= 0]
+
+
+def _consecutive(x: Tensor) -> list[Run]:
+    """Cut an integer vector into stretches of values that rise by 1: where they are, and the values they span."""
+    breaks = ((x[1:] != x[:-1] + 1) | (x[:-1] < 0)).nonzero()[:, 0] + 1
+    starts = [0] * (x.numel() > 0) + breaks.tolist()
+    ends = [*starts[1:], x.numel()]
+    values = x[starts].tolist()
+    return [
+        (slice(start, end), slice(value, value + end - start))
+        for start, end, value in zip(starts, ends, values, strict=False)
+    ]
 
 
 def _restrict(stage: Stage, positions: Tensor, sources: Tensor | None = None) -> tuple[Pass, Tensor]:
@@ -241,7 +252,7 @@ def _restrict(stage: Stage, positions: Tensor, sources: Tensor | None = None) ->
     if sources is None:
         sources = torch.cat(neighbours).unique()
         sources = sources[sources >= 0]
-    runs = [_runs(neighbour, sources) for neighbour in neighbours]
+    runs = [_runs(neighbour, sources, stage.positions) for neighbour in neighbours]
     return Pass(stage, runs, positions.numel(), sources.numel()), sources
 
 
@@ -249,29 +260,63 @@ class Selection:
     """The queries to compute, cut into tiles, for given grids, semantics and wanted queries (None: all)."""
 
     def __init__(self, queries: Grid, keys: Grid, semantics: Semantics, selected: Tensor | None, offsets: bool) -> None:
-        """``offsets``: also compute the wanted queries that no wanted output depends on (possible with odd paddings)."""
+        """``offsets``: also compute wanted queries that no wanted output depends on (possible with odd paddings)."""
         self.grid = queries
         self.semantics = semantics
         self.score_stages = score_stages(queries, keys, semantics)
-        self.paste_stages = paste_stages(queries, keys, semantics)
+        self.paste_phases = paste_phases(queries, keys, semantics)
         more = -(-semantics.paste_size // semantics.rate) - 1
         self.cell_grid = (queries[0] + more, queries[1] + more)
         self.value_grid = (keys[0] + more, keys[1] + more)
-        self.selected = torch.ones(queries, dtype=torch.bool) if selected is None else selected.cpu()
+        self.selected = torch.ones(queries, dtype=torch.bool, device="cpu") if selected is None else selected.cpu()
         self._wanted_cells = self._cells_of(self.selected)
         self._needed = self._queries_of(self._wanted_cells, more)
         if offsets:
             self._needed |= self.selected
+
+    @property
+    def halo(self) -> int:
+        """By how much the pixels that a tile needs exceed its side."""
+        return self.semantics.patch - 1 + (self.semantics.fuse // 2) * 2
 
     @cached_property
     def canvas(self) -> tuple[int, int, int, int]:
         """Bounding box (y0, x0, y1, x1) of the wanted cells."""
         return _bounding_box(self._wanted_cells)
 
-    def tiles(self, largest: int) -> list[Tile]:
-        """Tiles of about equal size, at most ``largest`` queries on a side; their sizes depend on nothing else."""
+    def canvas_pixels(self, axis: int) -> tuple[slice, slice]:
+        """The output pixels that the canvas covers along an axis, and where they are in the canvas."""
+        rate = self.semantics.rate
+        first = rate * self.canvas[axis] - self.semantics.pad_put
+        begin = max(0, first)
+        end = max(begin, min(rate * self.grid[axis], rate * self.canvas[axis + 2] - self.semantics.pad_put))
+        return slice(begin, end), slice(begin - first, end - first)
+
+    def wanted_pixels(self, rows: slice, columns: slice) -> Tensor:
+        """Which of these output pixels belong to wanted queries, bool [rows, columns]."""
+        rate = self.semantics.rate
+        y, x = (torch.arange(pixels.start, pixels.stop, device="cpu") for pixels in (rows, columns))
+        return self.selected[y.div(rate, rounding_mode="floor")][:, x.div(rate, rounding_mode="floor")]
+
+    def divisor(self, rows: slice, columns: slice) -> Tensor:
+        """What the pasted sums are divided by: a scalar, or the overlap count [rows, columns] of these pixels."""
+        if self.semantics.divisor:
+            return torch.tensor(self.semantics.divisor, dtype=torch.float64, device="cpu")
+        return self._overlap(rows, self.grid[0])[:, None] * self._overlap(columns, self.grid[1])
+
+    def _overlap(self, pixels: slice, length: int) -> Tensor:
+        """How many of ``length`` pasted patches cover each pixel of one axis (at least 1)."""
+        rate = self.semantics.rate
+        covered = torch.arange(pixels.start, pixels.stop, device="cpu") + self.semantics.pad_put
+        last = covered.div(rate, rounding_mode="floor").clamp(max=length - 1)
+        first = -(self.semantics.paste_size - 1 - covered).div(rate, rounding_mode="floor")
+        return (last - first.clamp(min=0) + 1).clamp(min=1)
+
+    def tiles(self, area: int) -> list[Tile]:
+        """Tiles of about equal size and at most ``area`` queries, wide ones: the wider, the longer the runs."""
         y0, x0, y1, x1 = _bounding_box(self._needed)
-        rows, columns = _split(y0, y1, largest), _split(x0, x1, largest)
+        width = max(1, min(x1 - x0, 2 * math.isqrt(area)))
+        rows, columns = _split(y0, y1, max(1, area // width)), _split(x0, x1, width)
         tiles = []
         for top, bottom in rows:
             for left, right in columns:
@@ -287,15 +332,17 @@ class Selection:
         for stage in reversed(self.score_stages):
             one, positions = _restrict(stage, positions)
             scores.insert(0, one)
-        reached = torch.zeros(self.cell_grid, dtype=torch.bool)
+        reached = torch.zeros(self.cell_grid, dtype=torch.bool, device="cpu")
         y, x = queries.div(self.grid[1], rounding_mode="floor"), queries % self.grid[1]
         more_y, more_x = self.cell_grid[0] - self.grid[0], self.cell_grid[1] - self.grid[1]
         for dy in range(more_y + 1):
             for dx in range(more_x + 1):
                 reached[y + dy, x + dx] = True
         cells = (reached & self._wanted_cells).flatten().nonzero()[:, 0]
-        pastes = [self._paste(paste.stages, queries, cells) for paste in self.paste_stages]
-        return Tile(queries, positions, self._in_canvas(cells), scores, pastes)
+        pastes = [self._paste(paste.stages, queries, cells) for paste in self.paste_phases]
+        pixels = [values for _, values in _consecutive(positions)]
+        targets = [values for _, values in _consecutive(self._in_canvas(cells))]
+        return Tile(queries, pixels, targets, scores, pastes)
 
     @staticmethod
     def _paste(stages: list[Stage], queries: Tensor, cells: Tensor) -> list[Pass]:
@@ -311,7 +358,7 @@ class Selection:
     def _cells_of(self, queries: Tensor) -> Tensor:
         """The cells that hold the output pixels rate * p .. rate * p + rate - 1 of some queries p."""
         rate, pad = self.semantics.rate, self.semantics.pad_put
-        cells = torch.zeros(self.cell_grid, dtype=torch.bool)
+        cells = torch.zeros(self.cell_grid, dtype=torch.bool, device="cpu")
         height, width = self.grid
         shifts = range(pad // rate, (pad + rate - 1) // rate + 1)
         for dy in shifts:
@@ -323,7 +370,7 @@ class Selection:
     def _queries_of(self, cells: Tensor, more: int) -> Tensor:
         """The queries that contribute to some cells."""
         height, width = self.grid
-        queries = torch.zeros(self.grid, dtype=torch.bool)
+        queries = torch.zeros(self.grid, dtype=torch.bool, device="cpu")
         for dy in range(more + 1):
             for dx in range(more + 1):
                 queries |= cells[dy : dy + height, dx : dx + width]
@@ -341,4 +388,4 @@ def _split(begin: int, end: int, largest: int) -> list[tuple[int, int]]:
     """Cut begin..end into as few parts of about equal length as ``largest`` allows."""
     count = math.ceil((end - begin) / largest)
     bounds = [begin + (end - begin) * i // count for i in range(count)] + [end] if count else []
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

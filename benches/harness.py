@@ -1,0 +1,282 @@
+"""Fair timing of several implementations ("providers") of one computation.
+
+What a race does, in this order:
+
+1. *Gate.* Every provider's first result is compared with a float64 reference; a wrong provider is never timed.
+2. *Memory.* That first call also yields the peak extra memory: growth of the resident set over its size before it.
+   Free heap pages are returned first (``malloc_trim``), then Linux's high-water mark is reset
+   (``/proc/self/clear_refs``). All in one process: a fresh one per provider would add its own start-up to the figure,
+   and a fork after OpenMP threads have started is not safe. The output counts, the inputs do not. Linux only.
+3. *Interleaved rounds.* All providers run once per round and the starting provider rotates, so that a busy moment of
+   the machine hits all of them. Ratios are taken within a round. One provider (the quickest) runs twice per round;
+   the difference between its two times is the noise that is reported.
+
+pytest-benchmark times one function after the other, which is the opposite of step 3. So the race takes the samples,
+and each provider's benchmark hands them to ``benchmark.pedantic`` through a :class:`ReplayClock`; statistics, tables,
+JSON and ``--benchmark-compare`` are pytest-benchmark's own. See the fixture ``race`` in conftest.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+THREADS = 2
+MIN_ROUNDS, MAX_ROUNDS = 3, 31
+
+Outputs = tuple[Tensor, ...]
+
+
+class WrongResultError(AssertionError):
+    """A provider's result is not that of the reference, so there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    Attributes:
+        name: how tables call it.
+        run: compute the case once and return its outputs.
+        expected: the float64 outputs that ``run`` must return; None for a yardstick that computes something else.
+        select: the part of the outputs to compare with ``expected``; None: all of them.
+        warm_up: called once before anything is measured (one-time initialisation, compilation).
+        scale: factor on the measured seconds, for a provider that runs only a sample of its work.
+    """
+
+    name: str
+    run: Callable[[], Outputs]
+    expected: Callable[[], Outputs] | None
+    select: Callable[[Outputs], Outputs] | None = None
+    warm_up: Callable[[], object] | None = None
+    scale: float = 1.0
+
+
+@dataclass
+class Measurement:
+    """What a race found out about one provider; seconds per round, in the order of the rounds."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    peak_extra_bytes: int | None = None
+    error: float | None = None
+    failure: Exception | None = None
+
+
+class Case(Protocol):
+    """What the fixture ``race`` needs to know of a case; cases are hashable and named by ``str``."""
+
+    @property
+    def baseline(self) -> str | None:
+        """The provider to which ratios are taken, if there is one."""
+        ...
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        """Largest allowed difference of each output, relative to the largest magnitude of what is expected."""
+        ...
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name, ready to run."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a report needs to know of the case."""
+        ...
+
+
+def relative_errors(outputs: Outputs, expected: Outputs) -> list[float]:
+    """Largest absolute difference of each output over the largest magnitude expected; NaN if anything is NaN."""
+    if len(outputs) != len(expected):
+        raise ValueError(f"outputs: expected {len(expected)} tensors, got {len(outputs)}")
+    return [
+        ((out.double() - want.double()).abs().max() / want.double().abs().max()).item()
+        for out, want in zip(outputs, expected, strict=True)
+    ]
+
+
+def run_race(
+    providers: Sequence[Provider], tolerances: Sequence[float], *, seconds: float, rounds: int | None = None
+) -> tuple[dict[str, Measurement], float | None]:
+    """Gate, then time ``providers`` against each other.
+
+    Args:
+        providers: the field; names are unique.
+        tolerances: see :attr:`Case.tolerances`.
+        seconds: no further round begins after this time (but MIN_ROUNDS are run, and at most MAX_ROUNDS).
+        rounds: their number, if it is not to follow from ``seconds``.
+
+    Returns:
+        The measurements by name, and the noise: median relative difference between two times of one provider in a
+        round. A provider that failed or was wrong has its exception in ``failure`` and no times.
+    """
+    measurements = {provider.name: Measurement() for provider in providers}
+    first_call_seconds: dict[str, float] = {}
+    for provider in providers:
+        measurement = measurements[provider.name]
+        try:
+            first_call_seconds[provider.name] = _first_call(provider, tolerances, measurement)
+        except Exception as error:  # whatever it is, it belongs to this provider alone
+            measurement.failure = error
+    field = [provider for provider in providers if provider.name in first_call_seconds]
+    if not field:
+        return measurements, None
+    quickest = min(field, key=lambda provider: first_call_seconds[provider.name])
+    at_least, at_most = (MIN_ROUNDS, MAX_ROUNDS) if rounds is None else (rounds, rounds)
+    again = Measurement()
+    deadline = time.perf_counter() + seconds
+    for turn in range(at_most):
+        if turn >= at_least and time.perf_counter() > deadline:
+            break
+        start = turn % len(field)
+        for provider in field[start:] + field[:start]:
+            _time_once(provider, measurements[provider.name])
+        _time_once(quickest, again)
+    first = measurements[quickest.name].wall
+    noise = statistics.median(abs(b - a) / min(a, b) for a, b in zip(first, again.wall, strict=True))
+    return measurements, noise
+
+
+def _first_call(provider: Provider, tolerances: Sequence[float], measurement: Measurement) -> float:
+    """Gate the provider and take its peak memory; the seconds that its first call took."""
+    if provider.warm_up is not None:
+        provider.warm_up()
+    elapsed = math.inf
+
+    def timed_run() -> Outputs:
+        nonlocal elapsed
+        started = time.perf_counter()
+        outputs = provider.run()
+        elapsed = time.perf_counter() - started
+        return outputs
+
+    outputs, measurement.peak_extra_bytes = with_peak_memory(timed_run)
+    if provider.expected is None:
+        return elapsed
+    compared = outputs if provider.select is None else provider.select(outputs)
+    errors = relative_errors(compared, provider.expected())
+    measurement.error = max(errors)
+    for error, tolerance in zip(errors, tolerances, strict=True):
+        if not error <= tolerance:  # also when it is NaN
+            raise WrongResultError(
+                f"{provider.name}: not timed, its result is wrong: it differs from the float64 reference by "
+                f"{error:.1e} of the largest magnitude, at most {tolerance:.0e} is allowed"
+            )
+    return elapsed
+
+
+def _time_once(provider: Provider, measurement: Measurement) -> None:
+    wall, cpu = time.perf_counter(), time.process_time()
+    outputs = provider.run()
+    cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    del outputs
+    measurement.wall.append(wall_seconds * provider.scale)
+    measurement.cpu.append(cpu_seconds * provider.scale)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def with_peak_memory(run: Callable[[], Outputs]) -> tuple[Outputs, int | None]:
+    """Run once; also the bytes by which the resident set grew at its peak (None where that cannot be measured)."""
+    gc.collect()
+    _return_free_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
+    except OSError:
+        return run(), None
+    before = _status_bytes("VmRSS")
+    outputs = run()
+    return outputs, max(0, _status_bytes("VmHWM") - before)
+
+
+def _return_free_memory() -> None:
+    """Free heap pages still count as resident, and an allocation that reuses them would seem to cost nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+# Replay --------------------------------------------------------------------------------------------------------------
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark (``@pytest.mark.benchmark(timer=clock)``) that shows recorded times.
+
+    It stands still except while :meth:`replay` plays a sample, so the duration pytest-benchmark takes is that sample.
+    """
+
+    __name__ = "replayed samples of an interleaved race"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        return self._now
+
+    def replay(self, benchmark: Any, samples: Sequence[float]) -> None:
+        """Make ``samples`` the rounds of the fixture ``benchmark``."""
+        remaining: Iterator[float] = iter(samples)
+
+        def reset() -> None:
+            self._now = 0.0
+
+        def pass_one_sample() -> None:
+            self._now = next(remaining)
+
+        benchmark.pedantic(pass_one_sample, setup=reset, rounds=len(samples), iterations=1)
+
+
+# Provenance ----------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """What a figure depends on, stored beside each of them."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    """The checkout's commit, with ``+`` if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unversioned"
+    return done.stdout.strip()

@@ -1,0 +1,365 @@
+"""The house: every op is complete, imports keep their direction, the native library is what it must be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inpaint_kernels import _native
+from tests.compare import assert_close_to_reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "inpaint_kernels"
+OPS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_"))
+
+needs_native = pytest.mark.skipif(_native.reason() is not None, reason=str(_native.reason()))
+
+
+# ---- Structure -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "place",
+    ["inpaint_kernels/reference/{}.py", "inpaint_kernels/portable/{}.py", "tests/test_{}.py", "benches/bench_{}.py"],
+)
+def test_every_op_has_all_its_files(op, place):
+    assert (ROOT / place.format(op)).is_file(), f"{op} lacks {place.format(op)}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_public_and_has_a_backend_table(op):
+    import inpaint_kernels
+    from inpaint_kernels import _backends
+
+    assert callable(getattr(inpaint_kernels, op)), f"inpaint_kernels.{op} is not the op"
+    assert op in inpaint_kernels.__all__
+    assert op in _backends.registered_ops()
+    assert hasattr(torch.ops.inpaint_kernels, op), f"there is no torch op inpaint_kernels::{op}"
+
+
+# ---- Imports ---------------------------------------------------------------------------------------------------------
+
+PUBLIC = "public names"
+COMMAND_LINE = {"__main__", "cli", "comparison", "images", "info", "masks", "panels"}
+FOUNDATION = {"_backends", "_checks", "_compile", "_native"}
+
+# Module or folder -> what it may import of the package. The command line may import everything.
+MAY_IMPORT = {
+    "__init__": {*FOUNDATION, "accelerate", "drop_in", "nn", "ops"},
+    "_backends": {"_compile", "_native"},
+    "_checks": {"_compile"},
+    "_compile": set(),
+    "_native": set(),
+    "accelerate": {"recipes"},
+    "drop_in": {"_checks", "ops"},
+    "inpaint": {"_checks", "models", PUBLIC},
+    "models": {"_checks", "models", PUBLIC},
+    "nn": {"_checks", "ops"},
+    "ops": {*FOUNDATION, "ops", "portable", "reference", "triton_kernels"},
+    "portable": {"portable"},
+    "recipes": {"nn", "ops"},
+    "reference": {"reference"},
+    "triton_kernels": {"triton_kernels"},
+}
+ONLY_TORCH = {*FOUNDATION, "portable", "reference"}
+
+
+def source_files() -> Iterator[tuple[str, Path]]:
+    """(layer, file) of every Python file of the package; a layer is a module or a folder of the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+    for path in sorted((ROOT / "models").rglob("*.py")):
+        yield "models", path
+
+
+def imported_names(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports: `a.b` for `import a.b` and for `from a import b`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_layers(path: Path, *, top_level_only: bool = False) -> set[str]:
+    layers = set()
+    for name in imported_names(path, top_level_only=top_level_only):
+        package, _, rest = name.partition(".")
+        if package == "inpaint_kernels":
+            layer = rest.partition(".")[0]
+            is_module = (PACKAGE / layer).is_dir() or (PACKAGE / f"{layer}.py").is_file() or layer == "models"
+            layers.add(layer if layer and is_module else PUBLIC)
+    return layers
+
+
+def test_imports_keep_their_direction():
+    wrong = []
+    for layer, path in source_files():
+        if layer in COMMAND_LINE:
+            continue
+        assert layer in MAY_IMPORT, f"{path.name}: say in MAY_IMPORT what this module may import"
+        excess = imported_layers(path) - MAY_IMPORT[layer]
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(excess)]
+    assert not wrong, wrong
+
+
+def test_core_needs_torch_and_numpy_only():
+    wrong = []
+    for layer, path in source_files():
+        allowed = {"inpaint_kernels", "torch"} | (set() if layer in ONLY_TORCH else {"numpy"})
+        if layer == "triton_kernels":
+            allowed |= {"triton"}
+        if layer in COMMAND_LINE:
+            continue
+        for name in imported_names(path, top_level_only=True):
+            package = name.partition(".")[0]
+            if package not in allowed and package not in sys.stdlib_module_names:
+                wrong.append(f"{path.relative_to(ROOT)} imports {package}")
+    assert not wrong, wrong
+
+
+def test_nothing_imports_tests_benches_or_the_checkouts_models_folder():
+    for _, path in source_files():
+        packages = {name.partition(".")[0] for name in imported_names(path)}
+        assert not packages & {"tests", "benches", "models"}, path
+
+
+def test_triton_kernels_are_imported_lazily():
+    for layer, path in source_files():
+        if layer != "triton_kernels":
+            assert "triton_kernels" not in imported_layers(path, top_level_only=True), path
+
+
+def test_importing_the_package_is_fast_and_brings_no_command_line():
+    code = (
+        "import sys, time, torch, numpy; before = set(sys.modules); start = time.perf_counter(); "
+        "import inpaint_kernels; print(time.perf_counter() - start); "
+        "print(sorted({'typer', 'rich', 'PIL', 'triton', 'inpaint_kernels.models'} & (set(sys.modules) - before)))"
+    )
+    best = float("inf")
+    for _ in range(3):  # a busy machine gets three chances
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds, modules = run.stdout.splitlines()
+        assert modules == "[]", f"importing inpaint_kernels imports {modules}"
+        best = min(best, float(seconds))
+        if best < 0.3:
+            return
+    pytest.fail(f"importing inpaint_kernels takes {best:.2f} s on top of torch")
+
+
+# ---- The native library ----------------------------------------------------------------------------------------------
+
+
+def test_kernel_list_is_that_of_the_schemas():
+    schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc/library.cpp").read_text(encoding="utf-8"))
+    assert sorted(schemas) == sorted(_native.KERNELS)
+
+
+@needs_native
+@pytest.mark.parametrize(("kernel", "key"), [(kernel, key) for kernel, keys in _native.KERNELS.items() for key in keys])
+def test_kernel_is_registered(kernel, key):
+    if key == "CUDA" and not _native.build_info()["cuda"]:
+        pytest.skip(f"built without CUDA kernels: {_native.build_info()['cuda_reason']}")
+    assert _native.registered(kernel, key)
+
+
+def test_unknown_kernels_are_not_available():
+    assert not _native.registered("no_such_kernel", "CPU")
+    assert not _native.available("no_such_kernel", "CPU")
+    assert _native.why_not("no_such_kernel", "CPU") == "there is no kernel inpaint_native::no_such_kernel"
+
+
+@needs_native
+def test_cpu_kernels_are_available_and_cuda_kernels_say_why_not():
+    assert _native.available("contextual_attention_key_norm", "CPU")
+    assert _native.why_not("contextual_attention_key_norm", "CPU") is None
+    if torch.version.cuda is None:
+        reason = _native.why_not("contextual_attention_key_norm", "CUDA")
+        assert reason is not None
+        assert "a build without CUDA" in reason or "built without CUDA kernels" in reason
+
+
+@pytest.mark.parametrize(
+    ("record", "torch_cuda", "driver", "reason"),
+    [
+        ({"cuda": False, "cuda_reason": "INPAINT_CUDA=0"}, "13.0", (13, 0), "without CUDA kernels: INPAINT_CUDA=0"),
+        ({}, "13.0", (13, 0), "without CUDA kernels: no build record"),
+        ({"cuda": True, "nvcc": "13.0.88"}, None, (13, 0), "is a build without CUDA"),
+        ({"cuda": True, "nvcc": "13.0.88"}, "13.0", None, "no NVIDIA driver was found"),
+        ({"cuda": True, "nvcc": "13.0.88"}, "12.8", (12, 8), "supports CUDA 12.8, the kernels were built with CUDA 13"),
+        ({"cuda": True, "nvcc": "12.9.1"}, "13.0", (13, 0), None),
+        ({"cuda": True, "nvcc": "13.1.0"}, "13.0", (13, 0), None),
+    ],
+)
+def test_cuda_kernels_are_offered_only_where_the_driver_runs_them(monkeypatch, record, torch_cuda, driver, reason):
+    monkeypatch.setattr(_native, "build_info", lambda: record)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(_native, "_driver_cuda_version", lambda: driver)
+    got = _native._cuda_reason()
+    assert got is None if reason is None else reason in (got or "")
+
+
+def test_broken_library_warns_and_leaves_the_package_usable(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_kernel_reasons", {})
+    monkeypatch.setattr(_native, "_library_reason", None)
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "broken.so")
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match="the native library does not load with torch"):
+        _native.load()
+    assert not _native.available("contextual_attention_key_norm", "CPU")
+    assert "does not load" in (_native.reason() or "")
+
+
+@needs_native
+def test_lost_registration_warns_and_is_named(monkeypatch):
+    monkeypatch.setattr(_native, "_kernel_reasons", {})
+    monkeypatch.setattr(_native, "KERNELS", {**_native.KERNELS, "newer_kernel": ("CPU",)})
+    with pytest.warns(RuntimeWarning, match=r"it lacks newer_kernel \(CPU\); install the package again"):
+        _native.load()
+    assert not _native.available("newer_kernel", "CPU")
+    assert _native.available("contextual_attention_key_norm", "CPU")
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """DT_NEEDED entries of a 64-bit little-endian ELF file."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01"
+    (section_table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_size, count = struct.unpack_from("<HH", data, 0x3A)
+    # Section header: name, type, flags, address, offset, size, link, ...
+    sections = [struct.unpack_from("<IIQQQQI", data, section_table + i * entry_size) for i in range(count)]
+    dynamic = next(section for section in sections if section[1] == 6)  # SHT_DYNAMIC
+    strings = sections[dynamic[6]][4]
+    entries = struct.iter_unpack("<qQ", data[dynamic[4] : dynamic[4] + dynamic[5]])
+    offsets = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
+    return [data[offset : data.index(b"\0", offset)].decode() for offset in offsets]
+
+
+@needs_native
+def test_library_needs_libtorch_by_name():
+    """Through libtorch.so the weak CUDA symbols resolve on a CUDA torch; without it they are null, silently."""
+    needed = needed_libraries(_native._LIBRARY)
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if "python" in name or "cuda" in name], needed
+
+
+@needs_native
+def test_library_and_record_name_no_path_of_the_building_machine():
+    for path in (_native._LIBRARY, _native._RECORD):
+        content = path.read_bytes()
+        for place in (ROOT, Path(torch.__file__).parent, Path.home()):
+            assert str(place).encode() not in content, f"{path.name} contains {place}"
+
+
+def test_sources_name_no_path_of_a_machine():
+    machine_path = re.compile(rf"(?<![\w.~$*)}}-])/(?:{'|'.join(['root', 'work', 'home', 'opt', 'Users'])})/\w")
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".md", ".toml", ".json", ".in", ""}
+    folders = ["inpaint_kernels", "models", "benches", "tests", "csrc", ".ci"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.iterdir())
+    for path in files:
+        if path.is_file() and path.suffix in suffixes:
+            found = machine_path.search(path.read_text(encoding="utf-8"))
+            assert found is None, f"{path.relative_to(ROOT)}: {found and found[0]}"
+
+
+def test_build_record_says_how_the_library_was_built():
+    record = _native.build_info()
+    assert record["version"]
+    assert record["native"] == _native._LIBRARY.is_file()
+    if record["native"]:
+        assert int(record["torch_headers"].split(".")[0]) >= 2
+        assert "-O3" in record["flags"]
+        assert not [flag for flag in record["flags"] if flag.startswith("-m")]
+        assert record["cuda"] or record["cuda_reason"]
+    else:
+        assert record["reason"]
+
+
+# ---- The key norm, the kernel that proves the way from nvcc to torch ------------------------------------------------
+
+
+def key_norm_reference(key, patch, rule, eps):
+    before = (patch - 1) // 2
+    after = patch - 1 - before
+    energy = F.pad(key.double().square().sum(1, keepdim=True), (before, after, before, after))
+    squared = F.conv2d(energy, energy.new_ones(1, 1, patch, patch)).squeeze(1)
+    norms = {
+        "none": torch.ones_like(squared),
+        "add": squared.sqrt() + eps,
+        "max": squared.sqrt().clamp_min(eps),
+        "sum": (squared + eps * key.shape[1] * patch * patch).sqrt(),
+    }
+    return norms[rule]
+
+
+def check_key_norm(device, rule, dtype):
+    for patch, shape in [
+        (3, (2, 5, 9, 13)),
+        (1, (1, 4, 3, 3)),
+        (2, (1, 3, 5, 4)),
+        (7, (1, 2, 4, 21)),
+        (3, (0, 3, 4, 4)),
+    ]:
+        key = torch.randn(shape, dtype=dtype, device=device)
+        norm = torch.ops.inpaint_native.contextual_attention_key_norm(key, patch, rule, 2.0)
+        assert norm.dtype == dtype
+        assert_close_to_reference(norm, key_norm_reference(key, patch, rule, 2.0))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", ["none", "add", "max", "sum"])
+def test_key_norm_cpu(rule, dtype, poisoned_memory):
+    check_key_norm("cpu", rule, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", ["none", "add", "max", "sum"])
+def test_key_norm_cuda(rule, dtype, poisoned_memory):
+    assert _native.why_not("contextual_attention_key_norm", "CUDA") is None
+    check_key_norm("cuda", rule, dtype)
+
+
+@pytest.mark.gpu
+def test_cuda_kernels_use_the_current_stream_and_can_be_captured():
+    key = torch.randn(1, 4, 8, 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = torch.ops.inpaint_native.contextual_attention_key_norm(key, 3, "max", 1e-4)
+    key.normal_()
+    graph.replay()
+    assert_close_to_reference(norm, key_norm_reference(key, 3, "max", 1e-4))
+
+
+@needs_native
+def test_key_norm_rejects_what_it_cannot_read():
+    key_norm = torch.ops.inpaint_native.contextual_attention_key_norm
+    key = torch.zeros(1, 2, 4, 4)
+    with pytest.raises(RuntimeError, match="rule: expected 'none', 'add', 'max' or 'sum', got 'mean'"):
+        key_norm(key, 3, "mean", 1e-4)
+    with pytest.raises(RuntimeError, match="patch: expected at least 1, got 0"):
+        key_norm(key, 0, "max", 1e-4)
+    with pytest.raises(RuntimeError, match="key: expected 4 dimensions, got 3"):
+        key_norm(key[0], 3, "max", 1e-4)
+    with pytest.raises(RuntimeError, match="key: expected a contiguous tensor"):
+        key_norm(key.transpose(2, 3), 3, "max", 1e-4)
+    with pytest.raises(RuntimeError, match="key: expected float32 or float64, got Half"):
+        key_norm(key.half(), 3, "max", 1e-4)
+
+
+def test_poisoned_memory_is_nan(poisoned_memory):
+    assert torch.empty(3).isnan().all()
+    assert torch.zeros(3).new_empty(3).isnan().all()
