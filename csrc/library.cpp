@@ -30,4 +30,9 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
   m.def(
       "patchmatch(Tensor query, Tensor key, Tensor start, Tensor queries, Tensor eligible, int patch, int iterations, "
       "int radius, int seed) -> (Tensor, Tensor)");
+
+  // csrc/cpu/patch_vote: weighted mean of the proposals of matched patches -> [B, C, hq, wq].
+  m.def(
+      "patch_vote(Tensor key, Tensor index, Tensor score, Tensor confidence, Tensor targets, int patch, "
+      "float bandwidth) -> Tensor");
 }

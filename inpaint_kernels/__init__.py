@@ -9,6 +9,8 @@ from inpaint_kernels.flow_color import flow_to_color  # noqa: E402
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
 from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
+from inpaint_kernels.ops.patch_vote import patch_vote  # noqa: E402
+from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 __all__ = [
     "PRESETS",
@@ -19,5 +21,7 @@ __all__ = [
     "explain",
     "flow_to_color",
     "match_patches",
+    "patch_vote",
+    "patchmatch",
     "use_backend",
 ]

@@ -7,11 +7,9 @@ complete: its ops run on the portable and Triton backends.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +26,7 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "contextual_attention_backward": ("CPU",),
     "match_patches": ("CPU",),
     "patchmatch": ("CPU",),
+    "patch_vote": ("CPU",),
 }
 
 _KEYS: tuple[DispatchKey, ...] = ("CPU", "CUDA")
@@ -121,15 +120,10 @@ def _check_registrations() -> None:
     warnings.warn(f"inpaint_kernels: {reason}", RuntimeWarning, stacklevel=3)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turns the error with which a kernel stops when Python has a signal pending into a KeyboardInterrupt."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "inpaint_kernels: interrupted" in str(error):
-            raise KeyboardInterrupt from None
-        raise
+def raise_if_interrupted(error: RuntimeError) -> None:
+    """Raises KeyboardInterrupt for the error with which a kernel stops when Python has a signal pending."""
+    if "inpaint_kernels: interrupted" in str(error):
+        raise KeyboardInterrupt from None
 
 
 def _cuda_reason() -> str | None:

@@ -28,8 +28,8 @@ def _colour_wheel() -> Tensor:
 def flow_to_color(offsets: Tensor) -> Tensor:
     """Draw displacements as colours: the direction as hue, the length as saturation (Middlebury flow code).
 
-    As in the DeepFill ports, the row offset takes the horizontal place of the code, and sample i is scaled by the longest
-    displacement of samples 0..i.
+    As in the DeepFill ports, the row offset takes the horizontal place of the code, and sample i is scaled by the
+    longest displacement of samples 0..i.
 
     Args:
         offsets: [B, 2, H, W] (row, column) displacements of any dtype, e.g. those of

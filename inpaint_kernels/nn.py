@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inpaint_kernels.ops.contextual_attention import Box, ContextualAttentionResult, contextual_attention, resolve_preset
+from inpaint_kernels.ops.contextual_attention import (
+    Box,
+    ContextualAttentionResult,
+    contextual_attention,
+    resolve_preset,
+)
 
 
 class ContextualAttention(torch.nn.Module):
@@ -58,5 +63,6 @@ class ContextualAttention(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The preset and what was changed in it, for ``repr``."""
         options = "".join(f", {name}={value!r}" for name, value in self.overrides.items())
         return f"{self.preset!r}{options}"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from inpaint_kernels._checks import check_choice, check_dtype, check_range, check_shape
 from inpaint_kernels.models.blending import blend
 from inpaint_kernels.models.diffusion import diffuse
 from inpaint_kernels.models.patch_synthesis import Synthesis, Tunables, synthesise
+from torch import Tensor, nn
+
+from inpaint_kernels._checks import check_choice, check_dtype, check_range, check_shape
 
 METHODS = ("auto", "exemplar", "diffusion")
 THIN_RADIUS = 4

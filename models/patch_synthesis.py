@@ -9,22 +9,20 @@ with the confidence weights of Wexler et al., Space-Time Completion of Video, PA
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inpaint_kernels.ops.match_patches import PatchMatches, match_patches
-from inpaint_kernels.ops.patchmatch import patchmatch
+from inpaint_kernels import PatchMatches, match_patches, patch_vote, patchmatch
+from inpaint_kernels._checks import check_range
 
 Report = Callable[[float, str], None]
 
 # Mean change of colour, of a full scale of 1, below which a level has converged.
 _CONVERGED = 4e-4
-# Hole pixels that vote together; bounds the memory of a vote.
-_VOTE_TILE = 1 << 16
 # A level needs this many known patches to be worth starting at.
 _ENOUGH_PATCHES = 64
 
@@ -36,30 +34,37 @@ class Tunables:
     Attributes:
         coarsest: longer side in pixels at which synthesis begins, roughly (sides are halved from level to level).
         patch: side of the patches, odd.
-        texture: weight of the texture features beside colour.
+        texture: weight of the texture features beside colour; larger is sharper, up to noisy.
         bandwidth: how fast a proposal loses weight with its patch's distance, relative to the mean distance of the
             patches over the pixel; small is sharp, large is smooth.
         gamma: a patch loses this factor of its weight per pixel of distance to what is known.
-        exhaustive_levels: how many of the coarsest levels compare with all known patches instead of searching.
         coarsest_rounds: most rounds of matching and voting at the coarsest level.
-        rounds: the same at the levels between.
-        finest_rounds: the same at the finest level.
+        exhaustive_rounds: how many of them compare with all known patches; later ones search.
+        rounds: most rounds at the levels between.
+        finest_rounds: most rounds at the finest level.
         search: PatchMatch iterations in each round.
     """
 
     coarsest: int = 128
-    patch: int = 7
-    texture: float = 1.0
-    bandwidth: float = 0.5
+    patch: int = 9
+    texture: float = 4.0
+    bandwidth: float = 1.0
     gamma: float = 1.3
-    exhaustive_levels: int = 1
-    exhaustive_rounds: int = 3
-    final_bandwidth: float = 0.5
-    coarse_patch: int = 7
     coarsest_rounds: int = 12
-    rounds: int = 5
-    finest_rounds: int = 4
+    exhaustive_rounds: int = 2
+    rounds: int = 6
+    finest_rounds: int = 5
     search: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("coarsest", "coarsest_rounds", "exhaustive_rounds", "rounds", "finest_rounds", "search"):
+            check_range(name, getattr(self, name), minimum=1, integer=True)
+        check_range("patch", self.patch, minimum=3, integer=True)
+        if self.patch % 2 == 0:
+            raise ValueError(f"patch: expected an odd number, got {self.patch}")
+        check_range("texture", self.texture, minimum=0)
+        check_range("gamma", self.gamma, minimum=1)
+        check_range("bandwidth", self.bandwidth, minimum=1e-3)
 
 
 @dataclass(frozen=True)
@@ -136,16 +141,16 @@ def synthesise(image: Tensor, hole: Tensor, tunables: Tunables, seed: int, repor
             state = _peel(level, tunables)
         else:
             field = _refined(field, levels[depth - 1], level)
-            state = _vote(level, level.box(level.features), field, tunables)
+            state = _vote(level, level.box(level.features), field, tunables, level.hole)
         rounds = _rounds(depth, len(levels), tunables)
         for turn in range(rounds):
             report((sum(costs[:depth]) + costs[depth] * turn / rounds) / sum(costs), f"level {depth + 1}/{len(levels)}")
-            if (depth < tunables.exhaustive_levels and turn<tunables.exhaustive_rounds) or field is None:
+            if field is None or (depth == 0 and turn < tunables.exhaustive_rounds):
                 field = _match_all(level, state, level.queries, None, tunables)
             else:
                 draw = (seed * 1009 + depth * 101 + turn) % 2**32
                 field = _search(level, state, field, tunables, draw)
-            before, state = state, _vote(level, state, field, tunables)
+            before, state = state, _vote(level, state, field, tunables, level.hole)
             if _mean_change(level, before, state) < _CONVERGED:
                 break
     assert field is not None
@@ -295,7 +300,7 @@ def _box_sum(x: Tensor, side: int) -> Tensor:
 
 
 def _refined(field: PatchMatches, coarse: Level, fine: Level) -> PatchMatches:
-    """The matches of a level carried over to the next finer one: each pixel moves twice as far as its parent."""
+    """The matches of a level carried over to the next finer one, where a 2x2 block takes the place of a pixel."""
     height, width = fine.hole.shape
     row = torch.arange(fine.corner[0], fine.corner[0] + height, device=fine.hole.device)[:, None]
     column = torch.arange(fine.corner[1], fine.corner[1] + width, device=fine.hole.device)[None, :]
@@ -305,7 +310,6 @@ def _refined(field: PatchMatches, coarse: Level, fine: Level) -> PatchMatches:
     coarse_width = coarse.features.shape[2]
     match_row = 2 * (parent // coarse_width) + row % 2
     match_column = 2 * (parent % coarse_width) + column % 2
-    # A parent position and its match are both even multiples; children keep their place within the 2x2 block.
     fine_height, fine_width = fine.features.shape[1:]
     usable = fine.queries & (parent >= 0) & (match_row < fine_height) & (match_column < fine_width)
     index = torch.where(usable, match_row * fine_width + match_column, 0)
@@ -317,57 +321,18 @@ def _refined(field: PatchMatches, coarse: Level, fine: Level) -> PatchMatches:
 # Voting ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Proposals:
-    """What the patches over some hole pixels propose, patches first.
-
-    Attributes:
-        source: [patch^2, N] flat positions in the photo.
-        distance: [patch^2, N] of the patches; inf where there is no patch.
-        confidence: [patch^2, N] of the patches.
-    """
-
-    source: Tensor
-    distance: Tensor
-    confidence: Tensor
-
-
-def _proposals(level: Level, field: PatchMatches, pixels: Tensor, tunables: Tunables) -> Iterator[_Proposals]:
-    """The proposals for hole pixels, flat positions in the box, tile by tile."""
-    half, width = tunables.patch // 2, level.hole.shape[1]
-    frame = (half,) * 4
-    index = F.pad(field.index, frame, value=-1).flatten()
-    distance = F.pad(-field.score, frame, value=math.inf).flatten()
-    confidence = F.pad(level.confidence, frame).flatten()
-    steps = torch.arange(-half, half + 1, device=pixels.device)
-    over = (steps[:, None] * (width + 2 * half) + steps).flatten()[:, None]
-    back = (steps[:, None] * level.features.shape[2] + steps).flatten()[:, None]
-    for tile in pixels.split(_VOTE_TILE):
-        centre = (tile // width + half) * (width + 2 * half) + tile % width + half
-        at = centre + over
-        yield _Proposals((index[at] - back).clamp_min_(0), distance[at], confidence[at])
-
-
-def _vote(
-    level: Level, state: Tensor, field: PatchMatches, tunables: Tunables, pixels: Tensor | None = None
-) -> Tensor:
-    """The state [C, h, w] with the weighted mean of the proposals in ``pixels`` (flat; None: the hole)."""
-    pixels = level.hole.flatten().nonzero()[:, 0] if pixels is None else pixels
-    colours = level.features.flatten(1).t().contiguous()
-    means = []
-    for offered in _proposals(level, field, pixels, tunables):
-        present = offered.distance.isfinite()
-        distance = torch.where(present, offered.distance, 0.0)
-        spread = (2 * tunables.bandwidth * distance.sum(0) / present.sum(0)).clamp_min(1e-8)
-        exponent = torch.where(present, offered.confidence - distance / spread, -math.inf)
-        weight = torch.softmax(exponent, 0)
-        mean = colours.new_zeros(weight.shape[1], colours.shape[1])
-        for source, share in zip(offered.source, weight, strict=True):
-            mean.addcmul_(colours[source], share[:, None])
-        means.append(mean)
-    voted = state.clone()
-    voted.flatten(1)[:, pixels] = torch.cat(means).t()
-    return voted
+def _vote(level: Level, state: Tensor, field: PatchMatches, tunables: Tunables, pixels: Tensor) -> Tensor:
+    """The state [C, h, w] with the weighted mean of the proposals in ``pixels`` [h, w]."""
+    mean = patch_vote(
+        level.features[None],
+        field.index[None],
+        field.score[None],
+        patch=tunables.patch,
+        confidence=level.confidence,
+        targets=pixels,
+        bandwidth=tunables.bandwidth,
+    )
+    return torch.where(pixels, mean[0], state)
 
 
 def _sources(level: Level, field: PatchMatches, tunables: Tunables) -> Synthesis:
@@ -376,15 +341,20 @@ def _sources(level: Level, field: PatchMatches, tunables: Tunables) -> Synthesis
     photo_width = level.features.shape[2]
     row = torch.arange(height, device=level.hole.device)[:, None] + level.corner[0]
     column = torch.arange(width, device=level.hole.device)[None, :] + level.corner[1]
-    source = row * photo_width + column
-    pixels = level.hole.flatten().nonzero()[:, 0]
-    best = []
-    for offered in _proposals(level, field, pixels, tunables):
-        nearest = offered.distance.argmin(0, keepdim=True)
-        best.append(offered.source.gather(0, nearest)[0])
-    source.view(-1)[pixels] = torch.cat(best)
+    itself = row * photo_width + column
+    # A patch proposes the same shift for all its pixels, so the shift of the nearest patch over a pixel is looked up.
+    half = tunables.patch // 2
+    framed_score = F.pad(field.score, (half,) * 4, value=-math.inf)
+    framed_shift = F.pad(field.index - itself, (half,) * 4)
+    best, shift = torch.full_like(field.score, -math.inf), torch.zeros_like(itself)
+    for dy in range(tunables.patch):
+        for dx in range(tunables.patch):
+            over = (slice(dy, dy + height), slice(dx, dx + width))
+            nearer = framed_score[over] > best
+            best = torch.where(nearer, framed_score[over], best)
+            shift = torch.where(nearer, framed_shift[over], shift)
     mean = -field.score[level.queries].mean() / (tunables.patch**2 * level.features.shape[0])
-    return Synthesis(level.corner, level.hole, source, float(mean.sqrt()))
+    return Synthesis(level.corner, level.hole, torch.where(level.hole, itself + shift, itself), float(mean.sqrt()))
 
 
 # The first guess -------------------------------------------------------------------------------------------------------
@@ -397,6 +367,6 @@ def _peel(level: Level, tunables: Tunables) -> Tensor:
         ring = unknown & _dilate(~unknown, 1)
         over = _dilate(ring, tunables.patch // 2) & _dilate(~unknown, 1)
         field = _match_all(level, state, over, (~unknown).float(), tunables)
-        state = _vote(level, state, field, tunables, ring.flatten().nonzero()[:, 0])
+        state = _vote(level, state, field, tunables, ring)
         unknown &= ~ring
     return state

@@ -230,7 +230,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_layouts_give_the_same_bits(backend, layout, preset):
     arguments = make_inputs(preset, dtype=torch.float32)
     expected = contextual_attention(**arguments, backend=backend)
-    moved = {k: LAYOUTS[layout](x) if k in ("f", "b", "value", "mask") else x for k, x in arguments.items()}
+    moved: dict[str, Any] = {
+        k: LAYOUTS[layout](x) if k in ("f", "b", "value", "mask") else x for k, x in arguments.items()
+    }
     assert not moved["f"].is_contiguous()
     assert torch.equal(contextual_attention(**moved, backend=backend), expected)
 
@@ -372,8 +374,8 @@ def test_two_python_threads_at_once(backend):
     equal: list[bool] = []
 
     def work(number: int) -> None:
-        for _ in range(5):
-            equal.append(torch.equal(contextual_attention(**cases[number], backend=backend), expected[number]))
+        results = [contextual_attention(**cases[number], backend=backend) for _ in range(5)]
+        equal.extend(torch.equal(result, expected[number]) for result in results)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
     for worker in workers:

@@ -91,7 +91,7 @@ def test_gradcheck(backend, preset):
     value = torch.randn(2, 1, 6, 4, dtype=torch.float64, requires_grad=True)
 
     def call(f: Tensor, b: Tensor, value: Tensor) -> Tensor:
-        return contextual_attention(f, b, **{**arguments, "value": value}, backend=backend)  # type: ignore[return-value]
+        return contextual_attention(f, b, **{**arguments, "value": value}, backend=backend)
 
     assert torch.autograd.gradcheck(call, (f, b, value), fast_mode=True)
 
@@ -100,7 +100,7 @@ def test_gradcheck(backend, preset):
 def test_gradient_of_self_attention(backend):
     x = (0.4 * torch.randn(1, 3, 10, 12, dtype=torch.float64)).requires_grad_()
     got, expected = (
-        torch.autograd.grad(contextual_attention(x, x, backend=name).square().sum(), x)[0]  # type: ignore[union-attr]
+        torch.autograd.grad(contextual_attention(x, x, backend=name).square().sum(), x)[0]
         for name in (backend, "reference")
     )
     assert_close_to_reference(got, expected, kind="gradient")
@@ -154,7 +154,7 @@ def test_offsets_and_maximum_are_not_differentiable(backend):
 def test_second_backward_says_that_there_is_none(backend):
     f = torch.randn(1, 2, 8, 8, requires_grad=True)
     output = contextual_attention(f, f, backend=backend)
-    (grad,) = torch.autograd.grad(output.square().sum(), f, create_graph=True)  # type: ignore[union-attr]
+    (grad,) = torch.autograd.grad(output.square().sum(), f, create_graph=True)
     with pytest.raises(RuntimeError, match="contextual_attention: double backward is not implemented"):
         grad.sum().backward()
 
@@ -235,7 +235,7 @@ def test_compiles_into_one_graph_for_all_sizes(backend):
         return graph.forward
 
     def call(f: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-        return 2 * contextual_attention(f, b, mask, backend=backend)  # type: ignore[operator]
+        return 2 * contextual_attention(f, b, mask, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
     for size in ((12, 16), (20, 14), (16, 18)):
@@ -248,7 +248,7 @@ def test_compiles_into_one_graph_for_all_sizes(backend):
 @on_every_backend
 def test_compiled_gradient(backend):
     def call(f: Tensor) -> Tensor:
-        return contextual_attention(f, f, preset="mmagic", backend=backend).square().sum()  # type: ignore[union-attr]
+        return contextual_attention(f, f, preset="mmagic", backend=backend).square().sum()
 
     f = torch.randn(1, 3, 12, 10, requires_grad=True)
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -259,7 +259,7 @@ def test_compiled_gradient(backend):
 @pytest.mark.slow
 def test_inductor():
     def call(f: Tensor, mask: Tensor) -> Tensor:
-        return contextual_attention(f.relu(), f.relu(), mask).square()  # type: ignore[union-attr]
+        return contextual_attention(f.relu(), f.relu(), mask).square()
 
     f, mask = torch.randn(1, 3, 16, 12), torch.zeros(1, 1, 16, 12)
     compiled = torch.compile(call, fullgraph=True, dynamic=True)
@@ -270,7 +270,7 @@ def test_inductor():
 def test_export_with_dynamic_sizes(backend):
     class Layer(torch.nn.Module):
         def forward(self, f: Tensor, mask: Tensor) -> Tensor:
-            return contextual_attention(f, f, mask, backend=backend)  # type: ignore[return-value]
+            return contextual_attention(f, f, mask, backend=backend)
 
     height, width = 2 * torch.export.Dim("h", min=4, max=64), 2 * torch.export.Dim("w", min=4, max=64)
     sizes = {2: height, 3: width}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def test_wrong_types(arguments, message):
 def test_tensors_on_different_devices():
     meta = X.to("meta")
     for name, x in (("b", meta), ("value", meta), ("mask", MASK.to("meta")), ("key_bias", PER_KEY.to("meta"))):
+        arguments: dict[str, Any] = {"f": X, "b": X, name: x}
         with pytest.raises(ValueError, match=rf"{name}.*: expected one device, got .*{name} on meta"):
-            contextual_attention(**{"f": X, "b": X, name: x})
+            contextual_attention(**arguments)
 
 
 def test_backend_that_cannot_run():

@@ -29,8 +29,10 @@ inline void stop_if_interrupted() {
 // A strip's bytes: exp(logits) of as many queries as fit. At 2000x2000 this is 8 rows of queries; a whole 512x512 image
 // (4,096 queries and keys) fits at once.
 constexpr int64_t kStripBytes = int64_t{512} << 20;
-// The backward holds three arrays of a strip's size: probabilities, their gradients and those of their diagonal sums.
-constexpr int64_t kBackwardStripBytes = int64_t{256} << 20;
+// The backward holds three arrays of a strip's size (probabilities, their gradients and those of their diagonal sums):
+// as many rows of queries as keep the halo small, within these bounds.
+constexpr int64_t kBackwardStripRows = 8;
+constexpr int64_t kBackwardStripMinBytes = int64_t{40} << 20, kBackwardStripMaxBytes = int64_t{256} << 20;
 
 // The queries whose probabilities the cells [begin, end) need, as a mask over the query grid.
 inline void mark_queries(const std::vector<int64_t>& cells, int64_t begin, int64_t end, GridSize queries, int64_t reach,
@@ -128,6 +130,10 @@ struct AttentionInputs {
   int64_t capacity(int64_t bytes) const {
     const int64_t row = keys.height * (keys.width + reach()) * static_cast<int64_t>(sizeof(T));
     return std::max<int64_t>(1, std::min(bytes / row, queries.count()));
+  }
+  int64_t backward_capacity() const {
+    const int64_t rows = kBackwardStripRows * queries.width * keys.count() * static_cast<int64_t>(sizeof(T));
+    return capacity(std::clamp(rows, kBackwardStripMinBytes, kBackwardStripMaxBytes));
   }
   CellPixels value_pixels(const PhaseGroup& group) const {
     return {value_channels, value_height, value_width, semantics.rate, semantics.pad_cut, group.phases};

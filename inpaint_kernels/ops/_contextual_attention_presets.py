@@ -1,7 +1,7 @@
 """The published variants of contextual attention: one frozen description each, and the sampling grids they use.
 
-Public code agrees on the formula and differs in a dozen details that change pixels (which columns are sampled, how a zero
-patch is divided, what an invalid key costs). A preset names one public implementation and fixes all of them.
+Public code agrees on the formula and differs in a dozen details that change pixels (which columns are sampled, how a
+zero patch is divided, what an invalid key costs). A preset names one public implementation and fixes all of them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ContextualAttentionPreset:
 
 PRESETS: Final[dict[str, ContextualAttentionPreset]] = {
     "official": ContextualAttentionPreset(
-        "Table A, JiahuiYu/generative_inpainting (TensorFlow), DeepFill v1 and v2: align-corners nearest sampling; an image "
-        "mask is resized to feature resolution first, then to the matching grid.",
+        "Table A, JiahuiYu/generative_inpainting (TensorFlow), DeepFill v1 and v2: align-corners nearest sampling; an "
+        "image mask is resized to feature resolution first, then to the matching grid.",
         grid="corners",
         mask_grid="corners",
         mask_batch="first",
@@ -92,49 +92,51 @@ PRESETS: Final[dict[str, ContextualAttentionPreset]] = {
         mask_batch="first",
     ),
     "nipponjo_tf": ContextualAttentionPreset(
-        "Table A, nipponjo/deepfillv2-pytorch, networks_tf.py (converted TensorFlow weights): linspace sampling, the image "
-        "mask reduced in one stage.",
+        "Table A, nipponjo/deepfillv2-pytorch, networks_tf.py (converted TensorFlow weights): linspace sampling, the "
+        "image mask reduced in one stage.",
         grid="linspace",
         mask_grid="linspace",
         mask_batch="first",
     ),
     "yangyu12": ContextualAttentionPreset(
-        "Table B, yangyu12/deepfill_v2.pytorch: linspace sampling, one mask per sample. Deviation: f and b may differ in size.",
+        "Table B, yangyu12/deepfill_v2.pytorch: linspace sampling, one mask per sample. Deviation: f and b may differ "
+        "in size.",
         grid="linspace",
         mask_grid="linspace",
         odd_sizes=True,
     ),
     "mmagic": ContextualAttentionPreset(
-        "Table A, open-mmlab/mmagic: invalid keys excluded, division by the overlap count. Deviations: 0 instead of NaN where "
-        "no key is valid; f and b may differ in size with the fuse on.",
+        "Table A, open-mmlab/mmagic: invalid keys excluded, division by the overlap count. Deviations: 0 instead of "
+        "NaN where no key is valid; f and b may differ in size with the fuse on.",
         masking="inf",
         divisor=0.0,
         odd_sizes=True,
     ),
     "selflein": ContextualAttentionPreset(
-        "Table B, selflein/DeepFill-v2: eps 1e-3, score -1000 for invalid keys. Deviation: the fuse of non-square maps is the "
-        "published formula, not its transposed reshape.",
+        "Table B, selflein/DeepFill-v2: eps 1e-3, score -1000 for invalid keys. Deviation: the fuse of non-square maps "
+        "is the published formula, not its transposed reshape.",
         eps=1e-3,
         masking="fill",
     ),
     "pennet": ContextualAttentionPreset(
-        "Table B, PEN-Net AtnConv: f = b = the deep map as it is, value = the map twice as large; no fuse; probabilities "
-        "at least 1e-8.",
+        "Table B, PEN-Net AtnConv: f = b = the deep map as it is, value = the map twice as large; no fuse; "
+        "probabilities at least 1e-8.",
         fuse=0,
         floor=1e-8,
         grid="none",
         mask_grid="bilinear",
     ),
     "ctsdg": ContextualAttentionPreset(
-        "Table B, CTSDG RAL: f = b = foreground, reduced bilinearly, value = background; no mask, no fuse; probabilities at "
-        "least 1e-8.",
+        "Table B, CTSDG RAL: f = b = foreground, reduced bilinearly, value = background; no mask, no fuse; "
+        "probabilities at least 1e-8.",
         fuse=0,
         floor=1e-8,
         grid="bilinear",
         mask_grid="bilinear",
     ),
     "hifill": ContextualAttentionPreset(
-        "Table B, HiFill training code (soft attention): 3x3 patches pasted every 2 pixels without division; mask by max-pool.",
+        "Table B, HiFill training code (soft attention): 3x3 patches pasted every 2 pixels without division; mask by "
+        "max-pool.",
         eps=1e-8,
         paste_size=3,
         pad_cut=0,
@@ -144,8 +146,8 @@ PRESETS: Final[dict[str, ContextualAttentionPreset]] = {
         mask_batch="first",
     ),
     "csnln": ContextualAttentionPreset(
-        "Table B, CSNLN CrossScaleAttention at scale 2: f = queries, b = keys already reduced, value = the full map; patches of "
-        "3 x scale, division by 6. For scale s: rate=s, paste_size=3 * s, pad_cut=s, pad_put=s.",
+        "Table B, CSNLN CrossScaleAttention at scale 2: f = queries, b = keys already reduced, value = the full map; "
+        "patches of 3 x scale, division by 6. For scale s: rate=s, paste_size=3 * s, pad_cut=s, pad_put=s.",
         fuse=0,
         paste_size=6,
         pad_cut=2,
@@ -196,7 +198,7 @@ _GRID_INDEX: Final[dict[str, Callable[[int, int], Tensor]]] = {
 
 
 def resample(x: Tensor, size: tuple[int, int], grid: str, step: int) -> Tensor:
-    """Reduce [B, C, H, W] about ``step`` times to [B, C, *size] on one of the published sampling grids (differentiable)."""
+    """Reduce [B, C, H, W] about ``step`` times to [B, C, *size] on a published sampling grid (differentiable)."""
     height, width = x.shape[2], x.shape[3]
     if (height, width) == size:
         return x

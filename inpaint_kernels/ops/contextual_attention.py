@@ -29,12 +29,14 @@ from inpaint_kernels.reference import contextual_attention as reference
 
 Box = tuple[int, int, int, int]
 
+
 class ContextualAttentionResult(NamedTuple):
     """What ``contextual_attention(..., return_offsets=True)`` returns.
 
     Attributes:
         output: [B, Cv, rate * hq, rate * wq].
-        offsets: [B, 2, hq, wq] int64, (row, column) of the most attended key minus that of the query; 0 where not computed.
+        offsets: [B, 2, hq, wq] int64, (row, column) of the most attended key minus that of the query; 0 where not
+            computed.
         maximum: [B, hq, wq] probability of that key, in [0, 1] (not differentiable); 0 where not computed.
     """
 
@@ -43,7 +45,7 @@ class ContextualAttentionResult(NamedTuple):
     maximum: Tensor
 
 
-# 1. The public function ------------------------------------------------------------------------------------------------
+# 1. The public function -----------------------------------------------------------------------------------------------
 
 
 @overload
@@ -54,6 +56,10 @@ def contextual_attention(
 def contextual_attention(
     f: Tensor, b: Tensor, mask: Tensor | None = ..., *, return_offsets: Literal[True], **options: Any
 ) -> ContextualAttentionResult: ...
+@overload
+def contextual_attention(
+    f: Tensor, b: Tensor, mask: Tensor | None = ..., *, return_offsets: bool, **options: Any
+) -> Tensor | ContextualAttentionResult: ...
 
 
 def contextual_attention(
@@ -75,7 +81,7 @@ def contextual_attention(
     On the matching grid (every ``rate``-th pixel), with patches of ``patch`` x ``patch``::
 
         S0(p, q) = <patch of f at p, patch of b at q> / n_q          zero outside the maps
-        S        = fuse: diagonal sums of S0 over ``fuse`` steps, along rows, then along columns, running on past line ends
+        S        = fuse: diagonal sums of S0 over ``fuse`` steps, along rows, then columns, running on past line ends
         A(p, .)  = softmax over q of scale * key_scale_q * S(p, q) + key_bias_q, invalid keys as ``masking`` says
         output   = sum over p, q of A(p, q) * (K x K patch of value at rate * q), pasted at rate * p, / divisor
 
@@ -89,20 +95,21 @@ def contextual_attention(
         mask: [B or 1, 1, Hm, Wm], any dtype, non-zero = hole, at the resolution of b or a whole multiple of it (the
             image's); keys whose patch touches the hole are invalid. None: every key is valid.
         value: [B, Cv, Hv, Wv], what is pasted, at ``rate`` pixels per key. None: ``b``.
-        preset: name of a published implementation (see :data:`inpaint_kernels.PRESETS`, each with its description) or an
-            own :class:`ContextualAttentionPreset`.
+        preset: name of a published implementation (see :data:`inpaint_kernels.PRESETS`, each with its description) or
+            an own :class:`ContextualAttentionPreset`.
         queries: positions of the matching grid that are wanted: a box (y0, x0, y1, x1), end exclusive, or a bool mask
-            [hq, wq]. The rate x rate output cell of each of them, its offset and its maximum equal the full call's; all
-            other output pixels are 0. Cost and memory are proportional to their number. None: all.
-        key_scale, key_bias: [B or 1, hk, wk] float; scale and offset of each valid key's logit; no gradient.
+            [hq, wq]. The rate x rate output cell of each of them, its offset and its maximum equal the full call's;
+            all other output pixels are 0. Cost and memory are proportional to their number. None: all.
+        key_scale: [B or 1, hk, wk] floating, scale of each valid key's logit; no gradient. None: 1.
+        key_bias: [B or 1, hk, wk] floating, offset of each valid key's logit; no gradient. None: 0.
         return_offsets: also return the offsets and maxima.
         backend: "cpu", "portable" or "reference"; None: the first that can run (:func:`inpaint_kernels.explain`).
         **overrides: fields of the preset to change, e.g. ``fuse=0``, ``scale=20.0``, ``rate=4``.
 
     Returns:
         [B, Cv, rate * hq, rate * wq], differentiable once with respect to f, b and value; or a
-        :class:`ContextualAttentionResult`. With no valid key the output is 0 (masking "multiply" and "inf") or the plain
-        mean (masking "fill"). NaN stays in the outputs that depend on it.
+        :class:`ContextualAttentionResult`. With no valid key the output is 0 (masking "multiply" and "inf") or the
+        plain mean (masking "fill"). NaN stays in the outputs that depend on it.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, size, dtype, device or value; the message names it.
@@ -112,16 +119,33 @@ def contextual_attention(
     preset's description names.
 
     References:
-        Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, equations 5-6 and "attention propagation".
+        Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, section 4.1.
         Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019.
     """
     problem, selected = _pose(f, b, mask, value, preset, queries, key_scale, key_bias, overrides)
-    output, index, maximum = torch.ops.inpaint_kernels.contextual_attention(
-        *problem[:6], selected, *_scalars(problem.semantics), return_offsets, BACKENDS.choose(problem, backend)
-    )
+    backend = BACKENDS.choose(problem, backend)
+    call = _forward if _only_computes(problem) else torch.ops.inpaint_kernels.contextual_attention
+    output, index, maximum = call(*problem[:6], selected, *_scalars(problem.semantics), return_offsets, backend)
     if not return_offsets:
         return output
     return ContextualAttentionResult(output, _offsets(index, problem.key.shape[3]), maximum)
+
+
+def _only_computes(problem: _Problem) -> bool:
+    """Whether nobody but the kernel looks at this call: no gradient, autocast, compilation, tracing or subclass.
+
+    The dispatcher, autograd and autocast layers of a Python op cost 20 us a call, as much as a kernel on a small map.
+    """
+    query, key, value = problem[:3]
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled(query.device.type)
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or type(query) is not Tensor
+        or type(key) is not Tensor
+        or type(value) is not Tensor
+    )
 
 
 def _offsets(index: Tensor, key_width: int) -> Tensor:
@@ -133,7 +157,7 @@ def _offsets(index: Tensor, key_width: int) -> Tensor:
     return offsets.masked_fill(index[:, None] < 0, 0)
 
 
-# 2. Checks -------------------------------------------------------------------------------------------------------------
+# 2. Checks ------------------------------------------------------------------------------------------------------------
 
 
 class _Problem(NamedTuple):
@@ -184,9 +208,8 @@ def _pose(
     return _Problem(query, key, b if value is None else value, valid, key_scale, key_bias, semantics), selected
 
 
-def resolve_preset(
-    preset: str | ContextualAttentionPreset, overrides: dict[str, Any]
-) -> ContextualAttentionPreset:
+def resolve_preset(preset: str | ContextualAttentionPreset, overrides: dict[str, Any]) -> ContextualAttentionPreset:
+    """The preset of that name, or the one given, with some of its fields replaced and then checked."""
     if isinstance(preset, str):
         check_choice("preset", preset, PRESETS)
         preset = PRESETS[preset]
@@ -202,9 +225,7 @@ def resolve_preset(
     return preset
 
 
-def _check_maps(
-    f: Tensor, b: Tensor, value: Tensor | None, semantics: ContextualAttentionPreset, rate: int
-) -> None:
+def _check_maps(f: Tensor, b: Tensor, value: Tensor | None, semantics: ContextualAttentionPreset, rate: int) -> None:
     sizes = check_shape("f", f, "B C H W")
     check_floating("f", f)
     if b is not f:
@@ -264,7 +285,7 @@ def _check_per_key(name: str, x: Tensor, f: Tensor, key_size: tuple[int, int]) -
         raise ValueError(f"{name}: expected a tensor that requires no gradient (there is none; detach it)")
 
 
-# 3. Schema -------------------------------------------------------------------------------------------------------------
+# 3. Schema ------------------------------------------------------------------------------------------------------------
 
 _SEMANTICS_SCHEMA = (
     "int patch, str norm, float eps, int fuse, float scale, str masking, float fill, float? floor, "
@@ -285,7 +306,7 @@ _library.define(
 )
 
 
-# 4. Fake ---------------------------------------------------------------------------------------------------------------
+# 4. Fake --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("inpaint_kernels::contextual_attention", lib=_library)
@@ -307,7 +328,7 @@ def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: 
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))  # type: ignore[return-value]
 
 
-# 5. Backends -----------------------------------------------------------------------------------------------------------
+# 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
 def _prepare(
@@ -367,13 +388,19 @@ BACKENDS = OpBackends(
 
 
 def _cpu_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with _native.interruptible():
+    try:
         return torch.ops.inpaint_native.contextual_attention_forward(*args)
+    except RuntimeError as error:
+        _native.raise_if_interrupted(error)
+        raise
 
 
 def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with _native.interruptible():
+    try:
         return torch.ops.inpaint_native.contextual_attention_backward(*args)
+    except RuntimeError as error:
+        _native.raise_if_interrupted(error)
+        raise
 
 
 _FORWARD = {"cpu": _cpu_forward, "portable": portable.forward, "reference": reference.forward}
@@ -425,15 +452,13 @@ def _dense_per_position(
     )
 
 
-# 6. Autograd and autocast ----------------------------------------------------------------------------------------------
+# 6. Autograd and autocast ---------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, (return_offsets, backend) = inputs[:7], inputs[-2:]
     ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(*tensors)
-    ctx.semantics = inputs[7:-2]
-    ctx.backend = backend
+    ctx.save_for_backward(*inputs[:7])
+    ctx.semantics, ctx.backend = inputs[7:-2], inputs[-1]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -447,7 +472,9 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("contextual_attention: double backward is not implemented (the gradient has no gradient)")
 
 
-torch.library.register_autograd("inpaint_kernels::contextual_attention", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "inpaint_kernels::contextual_attention", _autograd_backward, setup_context=_setup_context, lib=_library
+)
 torch.library.register_autograd("inpaint_kernels::contextual_attention_backward", _no_second_backward, lib=_library)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("inpaint_kernels::contextual_attention", _device, torch.float32, lib=_library)

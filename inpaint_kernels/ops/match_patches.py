@@ -26,7 +26,7 @@ class PatchMatches(NamedTuple):
     """What :func:`match_patches` returns.
 
     Attributes:
-        index: [B, hq, wq] int64, flat index v * wk + u of the best key; -1 where not computed or no key is valid.
+        index: [B, hq, wq] int64, flat index v * wk + u of the best key; -1 where not computed or no key can be chosen.
         score: [B, hq, wq] float32 (float64 for float64 inputs), the score of that key; -inf there.
     """
 
@@ -75,7 +75,7 @@ def match_patches(
         backend: "cpu", "portable" or "reference"; None: the first that can run (:func:`inpaint_kernels.explain`).
 
     Returns:
-        :class:`PatchMatches`. Equal scores: the lowest index. A NaN score is chosen over every number.
+        :class:`PatchMatches`. Equal scores: the lowest index. A NaN score is never chosen.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, size, dtype, device or value; the message names it.

@@ -25,6 +25,7 @@ LARGEST_TILE = 1024
 
 FORWARD_MATRICES = 2
 BACKWARD_MATRICES = 4
+"""Matrices of a tile in use at once; one more if a cell falls into several phases, or with a floor in the backward."""
 
 
 def forward(
@@ -52,17 +53,16 @@ def forward(
         value_cells = _value_cells(value[sample], selection)
         pasted = canvas.blank()
         for tile in pool.tiles:
-            probabilities, scores = _attend(keys, tile, pool)
-            pool.give(scores)
+            probabilities, _ = _attend(keys, tile, pool)
             if semantics.floor is not None:
                 probabilities.clamp_(min=semantics.floor)
             if return_offsets:
                 _store_maximum(probabilities, tile, selection.selected, index[sample], maximum[sample])
-            for phases, passes, columns in zip(selection.paste_phases, tile.pastes, value_cells, strict=True):
-                weights = pool.sum(passes[1], pool.sum(passes[0], probabilities, keep=True))
-                _add_rows(phases.of(pasted), tile.cells, weights @ columns.t())
+            for number, (phases, passes) in enumerate(zip(selection.paste_phases, tile.pastes, strict=True), start=1):
+                rows = pool.sum(passes[0], probabilities, keep=number < len(tile.pastes))
+                weights = pool.sum(passes[1], rows)
+                _add_rows(phases.of(pasted), tile.cells, weights @ value_cells[number - 1].t())
                 pool.give(weights)
-            pool.give(probabilities)
         canvas.write(pasted, output[sample])
     if not return_offsets:
         return output, index.new_empty(0), maximum.new_empty(0)
@@ -93,7 +93,7 @@ def backward(
         score_grads = _ScoreGradients(keys)
         cell_grads = canvas.read(grad[sample])
         for tile in pool.tiles:
-            probabilities, scores = _attend(keys, tile, pool)
+            probabilities, scores = _attend(keys, tile, pool, keep_scores=True)
             prob_grad = _paste_adjoint(probabilities, cell_grads, value_cells, value_grads, tile, selection, pool)
             logit_grad = _softmax_adjoint(probabilities, prob_grad, pool)
             score_grads.add(logit_grad, scores, tile, pool)
@@ -232,16 +232,16 @@ class _Keys:
         return probabilities
 
 
-def _attend(keys: _Keys, tile: Tile, pool: _Pool) -> tuple[Tensor, Tensor]:
-    """Probabilities [queries, Lk] of a tile, and its normalised patch scores, which the backward needs."""
+def _attend(keys: _Keys, tile: Tile, pool: _Pool, keep_scores: bool = False) -> tuple[Tensor, Tensor]:
+    """Probabilities [queries, Lk] of a tile, and its normalised patch scores, overwritten unless ``keep_scores``."""
     vertical, horizontal, *fuse = tile.scores
     pixels = _take_rows(keys.query_rows, tile.pixels)
     correlations = torch.mm(pixels, keys.key, out=pool.take(pixels.shape[0], keys.key.shape[1]))
     scores = pool.sum(horizontal, pool.sum(vertical, correlations), weight=keys.inverse_norm)
     if fuse:
-        logits = pool.sum(fuse[1], pool.sum(fuse[0], scores, keep=True), weight=keys.weight)
+        logits = pool.sum(fuse[1], pool.sum(fuse[0], scores, keep=keep_scores), weight=keys.weight)
     else:
-        logits = torch.mul(scores, keys.weight, out=pool.take(*scores.shape))
+        logits = torch.mul(scores, keys.weight, out=pool.take(*scores.shape) if keep_scores else scores)
     if keys.bias is not None:
         logits.add_(keys.bias)
     probabilities = torch.softmax(keys.mask(logits), 1, out=pool.take(*logits.shape))

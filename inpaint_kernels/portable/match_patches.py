@@ -40,10 +40,10 @@ def match_patches(
             for tile in wanted.split(query_count):
                 scores = _patches_at(framed, tile, width, patch) @ key_vectors
                 _weigh(scores, first, sample, valid, key_scale, key_bias)
-                tile_score, tile_index = scores.max(1)
-                # Slabs come in order and "greater" is strict, so the lowest index wins a tie; NaN wins and stays.
+                tile_score, tile_index = _largest(scores)
+                # Slabs come in order and "greater" is strict, so the lowest index wins a tie.
                 best = score[sample, tile]
-                better = (tile_score > best) | (tile_score.isnan() & ~best.isnan())
+                better = tile_score > best
                 score[sample, tile] = torch.where(better, tile_score, best)
                 index[sample, tile] = torch.where(better, tile_index + first, index[sample, tile])
     return index.view(batch, height, width), score.view(batch, height, width)
@@ -95,6 +95,14 @@ def _weigh(
         scores.add_(_of_slab(key_bias, sample, first, scores.shape[1]))
     if valid is not None:
         scores.masked_fill_(~_of_slab(valid, sample, first, scores.shape[1]), -math.inf)
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest score of every row that is a number, and its index; ``scores`` may be overwritten."""
+    score, index = scores.max(1)
+    if score.isnan().any():
+        score, index = scores.masked_fill_(scores.isnan(), -math.inf).max(1)
+    return score, index
 
 
 def _of_slab(per_key: Tensor, sample: int, first: int, count: int) -> Tensor:

@@ -45,7 +45,7 @@ def row_neighbours(height: int, width: int, step: int) -> Tensor:
 
 
 def column_neighbours(height: int, width: int, step: int) -> Tensor:
-    """C_e: the position ``step`` further in the column-major order (row-major index), -1 past its two ends. [H * W] int64."""
+    """C_e: position ``step`` further in column-major order, as a row-major index, -1 past its ends. [H * W] int64."""
     y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
     c = (x * height + y + step).flatten()
     inside = (c >= 0) & (c < height * width)
@@ -74,7 +74,7 @@ def fuse_scores(scores: Tensor, size: int, query_size: tuple[int, int], key_size
 def attention_probabilities(
     logits: Tensor, valid: Tensor | None, masking: str, fill: float, floor: float | None
 ) -> Tensor:
-    """Softmax over keys under one of the published rules for invalid keys. logits [B, Lq, Lk], valid [B, 1, Lk] bool."""
+    """Softmax over keys under a published rule for invalid keys. logits [B, Lq, Lk], valid [B, 1, Lk] bool."""
     if valid is None:
         probabilities = logits.softmax(-1)
     elif masking == "multiply":
@@ -108,11 +108,12 @@ def paste(
 ) -> Tensor:
     """Replace every query by the weighted mean of the value patches and add up where they overlap.
 
-    The patch of key q starts at pixel ``rate * q - pad_cut`` of ``value``; that of query p lands at ``rate * p - pad_put``.
-    ``divisor`` 0 divides by the number of patches that cover a pixel. Returns [B, Cv, rate * hq, rate * wq].
+    The patch of key q starts at pixel ``rate * q - pad_cut`` of ``value``; that of query p lands at
+    ``rate * p - pad_put``. ``divisor`` 0 divides by the number of patches that cover a pixel.
+    Returns [B, Cv, rate * hq, rate * wq].
     """
     (hq, wq), (hk, wk) = query_size, key_size
-    batch, channels, height, width = value.shape
+    height, width = value.shape[2:]
     reach_y, reach_x = rate * (hk - 1) + paste_size, rate * (wk - 1) + paste_size
     framed = F.pad(value, (pad_cut, max(0, reach_x - pad_cut - width), pad_cut, max(0, reach_y - pad_cut - height)))
     cut = F.unfold(framed[:, :, :reach_y, :reach_x], paste_size, stride=rate)  # [B, Cv * K^2, Lk]
@@ -151,14 +152,28 @@ def contextual_attention(
 ) -> tuple[Tensor, Tensor]:
     """Dense contextual attention on maps that are already reduced to the matching grid.
 
+    The keyword arguments are the fields of :class:`inpaint_kernels.ContextualAttentionPreset`.
+
     Args:
         query: [B, C, hq, wq], never normalised.
         key: [B, C, hk, wk].
         value: [B, Cv, Hv, Wv], about ``rate`` times the key map.
         valid: [B or 1, hk, wk] bool, keys outside the hole; None: all.
-        key_scale, key_bias: [B or 1, hk, wk]; logit = scale * (key_scale * fused score) + key_bias.
-        patch, norm, eps, fuse, scale, masking, fill, floor, rate, paste_size, pad_cut, pad_put, divisor: see
-            :func:`inpaint_kernels.contextual_attention`.
+        key_scale: [B or 1, hk, wk]; logit = scale * (key_scale * fused score) + key_bias; None: 1.
+        key_bias: [B or 1, hk, wk]; None: 0.
+        patch: side of the patches that are compared.
+        norm: rule of the key-patch divisor, see :func:`patch_norm`.
+        eps: constant of that rule.
+        fuse: side of the fuse sums, see :func:`fuse_scores`; 0 or 1: none.
+        scale: softmax scale.
+        masking: rule for invalid keys, see :func:`attention_probabilities`.
+        fill: score of an invalid key with masking "fill".
+        floor: lower bound of every probability; None: none.
+        rate: value pixels per matching position.
+        paste_size: side of the pasted patches.
+        pad_cut: zero border in front of the value map.
+        pad_put: crop in front of the output.
+        divisor: what the pasted sums are divided by; 0: the number of patches that overlap.
 
     Returns:
         The output [B, Cv, rate * hq, rate * wq] and the probabilities [B, hq * wq, hk * wk].
@@ -226,12 +241,11 @@ def forward(
     return output, index, maximum
 
 
-def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's backward: gradients of query, key and value."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        output, _, _ = forward(*inputs, *rest, False)
-        dq, dk, dv = torch.autograd.grad(output, inputs, grad, materialize_grads=True)
-    return dq, dk, dv
+def backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's backward: gradients of query, key and value.
+
+    ``torch.func`` differentiates also inside an op's own kernel, where torch records no graph.
+    """
+    gradient = torch.func.vjp(lambda *maps: forward(*maps, *rest, False)[0], query, key, value)[1]
+    dquery, dkey, dvalue = gradient(grad)
+    return dquery, dkey, dvalue

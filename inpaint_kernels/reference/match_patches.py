@@ -36,13 +36,14 @@ def match_patches(
         patch: side of the patches.
 
     Returns:
-        index [B, hq, wq] int64 and score [B, hq, wq]; -1 and -inf where nothing was wanted or no key is valid.
+        index [B, hq, wq] int64 and score [B, hq, wq]; -1 and -inf where nothing was wanted or no key can be chosen.
     """
     scores = patches(query, patch).transpose(1, 2) @ patches(key, patch)
     if key_scale is not None:
         scores = scores * key_scale.flatten(1)[:, None]
     if key_bias is not None:
         scores = scores + key_bias.flatten(1)[:, None]
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
     if valid is not None:
         scores = scores.masked_fill(~valid.flatten(1)[:, None], -math.inf)
     if queries is not None:

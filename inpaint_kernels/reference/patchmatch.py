@@ -90,9 +90,7 @@ def patchmatch(
 class _Field:
     """Matches and distances of the wanted queries of one sample."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, start: Tensor, wanted: Tensor, eligible: Tensor, patch: int
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, start: Tensor, wanted: Tensor, eligible: Tensor, patch: int) -> None:
         self.query, self.key, self.wanted, self.eligible, self.patch = query, key, wanted, eligible, patch
         self.at = wanted.flatten().nonzero()[:, 0]
         self.match = start.flatten().clone()

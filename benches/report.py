@@ -1,0 +1,283 @@
+"""Turns benchmark JSON into tables and a plot.
+
+    python benches/report.py                      all tables, as Markdown
+    python benches/report.py --update README.md   the summary, between the two marker lines in that file
+    python benches/report.py --plot times.png     seconds over number of keys
+
+Reads ``benches/results/*.json`` as pytest-benchmark wrote them (``--benchmark-json``); of a case that several files
+hold, the newest race counts. Public ports run in both memory layouts: the better figure of each kind is shown. Ratios
+are medians over the rounds of one race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
+OWN = (OURS, "portable", NAIVE, "naive compiled")
+YARDSTICK = "GEMMs alone"
+SUMMARY_FAMILY = "peaked"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One provider in one race."""
+
+    provider: str
+    wall: Sequence[float]
+    cpu: Sequence[float]
+    peak_mib: float | None
+    facts: dict[str, Any]
+
+    @property
+    def wall_median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A provider as it is shown: its entries in one race, one per memory layout."""
+
+    name: str
+    entries: Sequence[Entry]
+
+    @property
+    def wall(self) -> float:
+        return min(entry.wall_median for entry in self.entries)
+
+    @property
+    def cpu(self) -> float:
+        return min(entry.cpu_median for entry in self.entries)
+
+    @property
+    def peak_mib(self) -> float | None:
+        peaks = [entry.peak_mib for entry in self.entries if entry.peak_mib is not None]
+        return min(peaks) if peaks else None
+
+    @property
+    def is_port(self) -> bool:
+        return self.name not in OWN and not self.name.startswith(YARDSTICK)
+
+    def times_slower_than(self, other: Contender) -> float:
+        """Median over the rounds; the better layout of this one."""
+        (quicker,) = other.entries
+        return min(
+            statistics.median(mine / theirs for mine, theirs in zip(entry.wall, quicker.wall, strict=True))
+            for entry in self.entries
+        )
+
+
+Races = dict[str, dict[str, Contender]]
+
+
+def load(paths: Iterable[Path]) -> Races:
+    """Contenders by case and name, from pytest-benchmark's JSON files."""
+    races: Races = {}
+    for document in sorted((json.loads(path.read_text()) for path in paths), key=lambda document: document["datetime"]):
+        entries: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+        for benchmark in document["benchmarks"]:
+            info = benchmark["extra_info"]
+            if info.get("figure") == "seconds":
+                wall, cpu = benchmark["stats"]["data"], info["cpu_seconds"]
+                entry = Entry(info["provider"], wall, cpu, info["peak_extra_mib"], info)
+                entries[info["case"]][entry.provider.removesuffix(LAYOUT)].append(entry)
+        for case, providers in entries.items():
+            races[case] = {name: Contender(name, layouts) for name, layouts in providers.items()}
+    return races
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def full_tables(races: Races) -> str:
+    """One table per race."""
+    parts = []
+    for case, contenders in races.items():
+        facts = _facts(contenders)
+        ours = contenders.get(OURS)
+        rows = [
+            (
+                contender.name,
+                _seconds(contender.wall),
+                _seconds(contender.cpu),
+                _mebibytes(contender.peak_mib),
+                _largest_error(contender),
+                "" if ours is None or contender is ours else f"{contender.times_slower_than(ours):.2f}x",
+            )
+            for contender in sorted(contenders.values(), key=lambda contender: contender.wall)
+        ]
+        noise = "" if facts["noise"] is None else f"; noise {facts['noise']:.0%}"
+        parts += [
+            f"### {facts['op']}, {case}",
+            "",
+            f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels{noise}.",
+            "",
+            _table(("provider", "wall", "CPU", "extra memory", "error", "time / ours"), rows),
+            "",
+        ]
+    return "\n".join([*parts, provenance_line(races)])
+
+
+def summary(races: Races) -> str:
+    """The table for the README: the larger cases, and the comparison that comes out worst for us."""
+    chosen = [
+        contenders
+        for contenders in races.values()
+        if OURS in contenders and _facts(contenders)["family"] == SUMMARY_FAMILY and _facts(contenders)["keys"] >= 4096
+    ]
+    chosen.sort(key=lambda contenders: (_facts(contenders)["keys"], _facts(contenders)["direction"]))
+    header = (
+        "contextual attention",
+        "naive PyTorch",
+        "best public port",
+        "ours",
+        "speed-up over them",
+        "extra memory of the three",
+    )
+    rows = [*(_summary_row(contenders) for contenders in chosen), _worst_row(races)]
+    return "\n".join([_table(header, rows), "", provenance_line(races)])
+
+
+def _summary_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    ours, naive, port = contenders[OURS], contenders.get(NAIVE), _best_port(contenders)
+    rivals = [rival for rival in (naive, port) if rival is not None]
+    speed_ups = [f"{rival.times_slower_than(ours):.1f}x" for rival in rivals]
+    memory = " / ".join(_mebibytes(contender.peak_mib) for contender in (*rivals, ours))
+    return (
+        _title(_facts(contenders)),
+        "does not fit" if naive is None else _seconds(naive.wall),
+        "does not fit" if port is None and naive is None else "not run" if port is None else _seconds(port.wall),
+        f"**{_seconds(ours.wall)}**",
+        " / ".join(speed_ups) or "-",
+        memory,
+    )
+
+
+def _worst_row(races: Races) -> tuple[str, ...]:
+    """Where another implementation comes closest to ours, or is ahead of it."""
+    comparisons = [
+        (contender.times_slower_than(contenders[OURS]), contender, contenders)
+        for contenders in races.values()
+        if OURS in contenders
+        for contender in contenders.values()
+        if contender.name != OURS
+    ]
+    if not comparisons:
+        raise ValueError("results: expected a race of ours against something")
+    ratio, rival, contenders = min(comparisons, key=lambda comparison: comparison[0])
+    ours = contenders[OURS]
+    memory = f"{_mebibytes(rival.peak_mib)} / {_mebibytes(ours.peak_mib)}"
+    verdict = "where we lose" if ratio < 1 else "where we gain least"
+    what = f"{verdict}: {_title(_facts(contenders))} against {rival.name} ({_seconds(rival.wall)})"
+    return (what, "", "", f"**{_seconds(ours.wall)}**", f"{ratio:.2g}x", memory)
+
+
+def _best_port(contenders: dict[str, Contender]) -> Contender | None:
+    return min((c for c in contenders.values() if c.is_port), key=lambda contender: contender.wall, default=None)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    side = 4 * facts["size"]
+    restricted = "" if facts["queries"] == facts["keys"] else f", {facts['queries']:,} queries"
+    return f"{side}x{side} image, {facts['keys']:,} keys{restricted}, {facts['direction']}"
+
+
+def provenance_line(races: Races) -> str:
+    """What machine, software and commit the figures come from."""
+    sources = [_facts(contenders)["provenance"] for contenders in races.values()]
+    lines = {
+        f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}, {s['date'].split()[0]}"
+        for s in sources
+    }
+    return "Measured on " + "; ".join(sorted(lines)) + ". Median wall times of interleaved rounds, float32."
+
+
+def _facts(contenders: dict[str, Contender]) -> dict[str, Any]:
+    return next(iter(contenders.values())).entries[0].facts
+
+
+def _largest_error(contender: Contender) -> str:
+    errors = [entry.facts["largest_relative_error"] for entry in contender.entries]
+    return "-" if None in errors else f"{max(errors):.0e}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _mebibytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1024:.2f} GiB" if value >= 1024 else f"{value:.0f} MiB"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def update_between_markers(document: str, text: str) -> str:
+    """``document`` with ``text`` between its two marker lines."""
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise ValueError(f"document: expected one line {BEGIN!r} and after it one line {END!r}")
+    head, rest = document.split(BEGIN)
+    tail = rest.split(END)[1]
+    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+
+
+# Plot ----------------------------------------------------------------------------------------------------------------
+
+
+def plot(races: Races, path: Path) -> None:
+    """Seconds over number of keys, forward over all queries; a line per provider."""
+    import matplotlib.pyplot as plt
+
+    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for contenders in races.values():
+        facts = _facts(contenders)
+        if (facts["direction"], facts["family"]) == ("forward", SUMMARY_FAMILY) and facts["queries"] == facts["keys"]:
+            for contender in contenders.values():
+                points[contender.name].append((facts["keys"], contender.wall))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, line in points.items():
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", label=name, linewidth=2.5 if name == OURS else 1.2)
+    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="seconds", title="contextual attention, forward")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Tables and a plot from benchmark results.")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: benches/results/*.json)")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="write the summary between the markers in FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into FILE")
+    options = parser.parse_args(arguments)
+    paths = options.results or sorted(RESULTS.glob("*.json"))
+    races = load(paths)
+    if not races:
+        sys.exit(f"no results in {', '.join(map(str, paths)) or RESULTS}; `make bench` makes some")
+    if options.update:
+        document = options.update.read_text(encoding="utf-8")
+        options.update.write_text(update_between_markers(document, summary(races)), encoding="utf-8")
+    if options.plot:
+        plot(races, options.plot)
+    if not (options.update or options.plot):
+        print(full_tables(races))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The benchmark harness itself: gate, interleaving, memory, replay, reports, and the loading of foreign files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benches import bench_contextual_attention as bench
+from benches import harness, peers, report
+from benches.bench_contextual_attention import AttentionCase
+from inpaint_kernels.reference import contextual_attention as reference
+
+EXACT = (torch.arange(4.0),)
+
+
+def make_provider(name: str, outputs: harness.Outputs = EXACT, calls: list[str] | None = None, **options: Any):
+    def run() -> harness.Outputs:
+        if calls is not None:
+            calls.append(name)
+        return outputs
+
+    return harness.Provider(name, run, **{"expected": lambda: EXACT, **options})
+
+
+def sleeper(name: str, seconds: float, calls: list[str] | None = None) -> harness.Provider:
+    def run() -> harness.Outputs:
+        if calls is not None:
+            calls.append(name)
+        time.sleep(seconds)
+        return EXACT
+
+    return harness.Provider(name, run, lambda: EXACT)
+
+
+# Races ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [torch.arange(4.0) + 1e-3, torch.full((4,), torch.nan)])
+def test_a_wrong_provider_is_not_timed(wrong: Tensor) -> None:
+    calls: list[str] = []
+    field = [make_provider("right", calls=calls), make_provider("wrong", (wrong,), calls)]
+    measurements, _ = harness.run_race(field, [1e-5], seconds=1, rounds=4)
+    assert isinstance(measurements["wrong"].failure, harness.WrongResultError)
+    assert "wrong: not timed" in str(measurements["wrong"].failure)
+    assert measurements["wrong"].wall == []
+    assert calls.count("wrong") == 1
+    assert len(measurements["right"].wall) == len(measurements["right"].cpu) == 4
+    assert measurements["right"].error == 0
+
+
+def test_a_provider_that_raises_spoils_no_other() -> None:
+    def fail() -> harness.Outputs:
+        raise MemoryError("too large")
+
+    measurements, _ = harness.run_race(
+        [harness.Provider("fails", fail, lambda: EXACT), make_provider("right")], [1e-5], seconds=1, rounds=2
+    )
+    assert isinstance(measurements["fails"].failure, MemoryError)
+    assert len(measurements["right"].wall) == 2
+
+
+def test_providers_take_turns_and_the_first_rotates() -> None:
+    calls: list[str] = []
+
+    field = [sleeper("a", 0.1, calls), sleeper("b", 0.0, calls), sleeper("c", 0.1, calls)]
+    measurements, noise = harness.run_race(field, [1e-5], seconds=10, rounds=3)
+    # gates first; then b, the quickest, runs once more at the end of every round to show the noise
+    assert "".join(calls) == "abc" + "abcb" + "bcab" + "cabb"
+    assert min(measurements["a"].wall) >= 0.1 > max(measurements["a"].cpu)
+    assert noise is not None
+    assert noise >= 0
+
+
+def test_seconds_limit_the_rounds() -> None:
+    measurements, _ = harness.run_race([sleeper("sleeps", 0.01)], [1e-5], seconds=0.0)
+    assert len(measurements["sleeps"].wall) == harness.MIN_ROUNDS
+
+
+def test_a_sampled_yardstick_is_scaled_and_not_gated() -> None:
+    yardstick = replace(sleeper("sample", 0.01), expected=None, scale=5.0)
+    measurements, _ = harness.run_race([yardstick], [1e-5], seconds=1, rounds=2)
+    assert min(measurements["sample"].wall) >= 0.05
+    assert measurements["sample"].error is None
+
+
+def test_the_gate_compares_what_was_selected() -> None:
+    longer = (torch.cat((EXACT[0], torch.tensor([99.0]))),)
+    field = [make_provider("selects", longer, select=lambda outputs: (outputs[0][:4],))]
+    measurements, _ = harness.run_race(field, [1e-5], seconds=1, rounds=1)
+    assert measurements["selects"].failure is None
+
+
+def test_relative_errors_are_per_output() -> None:
+    errors = harness.relative_errors(
+        (torch.tensor([2.0, -4.0]), torch.ones(1)), (torch.tensor([2.0, -5.0]), torch.ones(1))
+    )
+    assert errors == [pytest.approx(0.2), 0.0]
+    with pytest.raises(ValueError, match="outputs: expected 1 tensors, got 2"):
+        harness.relative_errors((EXACT[0], EXACT[0]), EXACT)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak resident set is read from /proc")
+@pytest.mark.parametrize("megabytes", [8, 64])
+def test_peak_memory_sees_what_is_freed_again(megabytes: int) -> None:
+    def run() -> harness.Outputs:
+        return (torch.ones(megabytes * 2**18).sum(),)
+
+    run()
+    _, peak = harness.with_peak_memory(run)
+    assert peak is not None
+    assert megabytes - 1 <= peak / 2**20 <= megabytes + 6
+
+
+class Recorder:
+    """What ``benchmark.pedantic`` does with a timer."""
+
+    def __init__(self, clock: harness.ReplayClock) -> None:
+        self._clock = clock
+        self.durations: list[float] = []
+
+    def pedantic(self, target: Callable[[], None], setup: Callable[[], None], rounds: int, iterations: int) -> None:
+        assert iterations == 1
+        for _ in range(rounds):
+            setup()
+            start = self._clock()
+            target()
+            self.durations.append(self._clock() - start)
+
+
+def test_replayed_samples_are_what_the_timer_shows() -> None:
+    clock, samples = harness.ReplayClock(), [0.25, 3.0, 1e-9]
+    recorder = Recorder(clock)
+    clock.replay(recorder, samples)
+    assert recorder.durations == samples
+
+
+def test_provenance_names_no_host() -> None:
+    facts = harness.provenance()
+    assert facts["threads"] == torch.get_num_threads()
+    assert set(facts) == {"cpu", "cores", "threads", "torch", "python", "system", "commit", "date"}
+
+
+# Cases of contextual attention ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_every_own_provider_passes_the_gate(direction: str) -> None:
+    case = AttentionCase(16, direction, "peaked")
+    own = [name for name in case.provider_names if name != bench.COMPILED]  # compiling takes too long here
+    measurements, _ = harness.run_race([case.provider(name) for name in own], case.tolerances, seconds=0, rounds=1)
+    assert {name: m.failure for name, m in measurements.items()} == dict.fromkeys(own)
+
+
+def test_a_mistake_does_not_pass_the_gate() -> None:
+    case = AttentionCase(16, "forward", "soft")
+    right = case.provider(bench.OURS)
+    provider = harness.Provider("shifted", lambda: (right.run()[0].roll(1, -1),), right.expected)
+    measurements, _ = harness.run_race([provider], case.tolerances, seconds=0, rounds=1)
+    assert isinstance(measurements["shifted"].failure, harness.WrongResultError)
+
+
+def test_the_crop_gives_the_cells_of_the_whole_map() -> None:
+    features, mask = bench.make_features(32, "soft").double(), bench.make_mask(32)
+    box = (4, 5, 7, 9)
+    cells = bench.expected_cells(features, mask, box, "nipponjo")
+    whole = bench.naive_attention(features, mask)[:, :: bench.CHECKED_CHANNEL_STEP, 8:14, 10:18]
+    assert cells.shape == whole.shape
+    assert (cells - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+def test_the_families_differ_in_zero_probabilities() -> None:
+    zeros = {}
+    for family in bench.AMPLITUDE:
+        features = bench.make_features(64, family)[:, :, ::2, ::2]
+        _, probabilities = reference.contextual_attention(features, features, features.repeat(1, 1, 2, 2))
+        zeros[family] = (probabilities == 0).float().mean().item()
+    assert zeros["soft"] == 0
+    assert zeros["peaked"] > 0.5
+
+
+def test_the_yardstick_covers_a_sample_of_the_rows() -> None:
+    rows: list[int] = []
+
+    def gemm(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        assert x.shape[1] == weight.shape[1]
+        rows.append(len(x))
+
+    keys = 10 * bench.GEMM_ROWS
+    run, scale = bench.bare_gemms(keys, gemm)
+    run()
+    assert rows == [bench.GEMM_ROWS] * 4  # correlation and paste of two blocks of ten
+    assert scale == bench.SAMPLE_EVERY == 5
+
+
+def test_a_race_from_the_command_line_to_the_report(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "benches", "-q", "-p", "no:cacheprovider", "--race-rounds", "2"]
+    selection = ["-k", "16x16-forward-soft and (ours or portable)", f"--benchmark-json={output}"]
+    done = subprocess.run([*command, *selection], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert str(root) not in output.read_text()
+    races = report.load([output])
+    assert set(races["16x16-forward-soft"]) == {"ours", "portable"}
+    assert len(races["16x16-forward-soft"]["ours"].entries[0].wall) == 2
+    benchmarks = json.loads(output.read_text())["benchmarks"]
+    assert {b["extra_info"]["figure"] for b in benchmarks} == {"seconds", "ratio to naive"}
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def stored(case: str, provider: str, wall: list[float], **facts: Any) -> dict[str, Any]:
+    info = {
+        "provider": provider,
+        "figure": "seconds",
+        "cpu_seconds": [2 * seconds for seconds in wall],
+        "peak_extra_mib": 100.0,
+        "largest_relative_error": 1e-6,
+        "noise": 0.02,
+        "op": "contextual_attention",
+        "case": case,
+        "size": 128,
+        "keys": 4096,
+        "queries": 4096,
+        "direction": "forward",
+        "family": "peaked",
+        "channels": 128,
+        "provenance": {"cpu": "A CPU", "threads": 2, "torch": "2.13", "commit": "abc", "date": "2026-01-02 03:04 UTC"},
+    }
+    return {"extra_info": {**info, **facts}, "stats": {"data": wall}}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    race = [
+        stored("big", "naive", [4.0, 8.0, 4.0], peak_extra_mib=2048.0),
+        stored("big", "ours", [1.0, 2.0, 0.5]),
+        stored("big", "daa233", [10.0, 10.0, 10.0]),
+        stored("big", "daa233 channels_last", [9.0, 9.0, 9.0]),
+        stored("small", "ours", [0.002], keys=64, queries=64, size=16),
+        stored("small", "naive", [0.001], keys=64, queries=64, size=16),
+        {"extra_info": {"figure": "ratio to naive"}, "stats": {"data": [1.0]}},
+        {"extra_info": {}, "stats": {"data": [1.0]}},
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"datetime": "2026-01-02", "benchmarks": race}))
+    return path
+
+
+def test_ratios_are_taken_within_rounds(results: Path) -> None:
+    races = report.load([results])
+    assert races["big"]["naive"].times_slower_than(races["big"]["ours"]) == 4.0
+    assert races["big"]["daa233"].wall == 9.0
+
+
+def test_the_summary_has_the_row_where_we_lose(results: Path) -> None:
+    big, worst = report.summary(report.load([results])).splitlines()[2:4]
+    assert big == (
+        "| 512x512 image, 4,096 keys, forward | 4 s | 9 s | **1 s** | 4.0x / 9.0x | 2.00 GiB / 100 MiB / 100 MiB |"
+    )
+    assert worst.startswith("| where we lose: 64x64 image, 64 keys, forward against naive (1 ms) |")
+    assert "0.5x" in worst
+
+
+def test_a_newer_race_replaces_an_older_one(results: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer.json"
+    newer.write_text(json.dumps({"datetime": "2026-02-01", "benchmarks": [stored("big", "ours", [0.1])]}))
+    races = report.load([newer, results])
+    assert list(races["big"]) == ["ours"]
+    assert races["big"]["ours"].wall == 0.1
+    assert set(races["small"]) == {"ours", "naive"}
+
+
+def test_full_tables_show_every_provider(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(results)])
+    printed = capsys.readouterr().out
+    assert "### contextual_attention, big" in printed
+    assert "| daa233 | 9 s | 18 s | 100 MiB | 1e-06 | 9.00x |" in printed
+    assert "A CPU, 2 threads, torch 2.13, commit abc, 2026-01-02" in printed
+
+
+def test_update_keeps_the_rest_of_the_file(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([str(results), "--update", str(readme)])
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n| contextual attention |")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    report.main([str(results), "--update", str(readme)])
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("document", ["none", f"{report.END}{report.BEGIN}", f"{report.BEGIN * 2}{report.END}"])
+def test_update_needs_its_markers(document: str) -> None:
+    with pytest.raises(ValueError, match="expected one line '<!-- benchmarks: begin -->'"):
+        report.update_between_markers(document, "text")
+
+
+def test_plot_and_missing_results(results: Path, tmp_path: Path) -> None:
+    report.main([str(results), "--plot", str(tmp_path / "times.png")])
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"datetime": "2026-01-01", "benchmarks": []}))
+    with pytest.raises(SystemExit, match="no results in"):
+        report.main([str(empty)])
+
+
+# Foreign files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_file_is_imported_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "utils.py").write_text("from absent_package.layers import Conv2d\nNAME = 'theirs'\n")
+    (tmp_path / "layer.py").write_text(
+        "from utils import NAME, Conv2d\nfrom absent_package import transforms\nclass Layer(Conv2d):\n    pass\n"
+    )
+    modules, path, finders = dict(sys.modules), list(sys.path), list(sys.meta_path)
+    module = peers.import_file(tmp_path, "layer.py", stand_ins=("absent_package",))
+    assert module.NAME == "theirs"
+    assert issubclass(module.Layer, torch.nn.Module)
+    assert (sys.path, sys.meta_path) == (path, finders)
+    assert set(sys.modules) == set(modules)
+
+
+def test_ports_are_found_by_either_folder_name(tmp_path: Path) -> None:
+    assert peers.available_ports(None) == {}
+    assert peers.available_ports(tmp_path) == {}
+    (tmp_path / "mmagic").mkdir()
+    (tmp_path / "nipponjo+deepfillv2-pytorch").mkdir()
+    assert set(peers.available_ports(tmp_path)) == {"mmagic", "nipponjo", "nipponjo_tf"}
+    with pytest.raises(ValueError, match="is not a folder"):
+        peers.available_ports(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="daa233/generative-inpainting-pytorch: no checkout"):
+        peers.load_port(peers.PORTS[0], tmp_path)
+
+
+def test_an_adapter_follows_the_inputs_dtype_and_device(tmp_path: Path) -> None:
+    (tmp_path / "selflein+DeepFill-v2" / "iminpaint" / "model_parts").mkdir(parents=True)
+    folder = tmp_path / "selflein+DeepFill-v2" / "iminpaint" / "model_parts"
+    (folder / "gated_convolution.py").write_text("GatedConv = None\n")
+    (folder / "encoder_decoder.py").write_text(
+        "import torch\n"
+        "from iminpaint.model_parts.gated_convolution import GatedConv\n"
+        "class ContextualAttention(torch.nn.Module):\n"
+        "    def __init__(self, use_attention_propagation):\n"
+        "        super().__init__()\n"
+        "    def forward(self, f, b, mask):\n"
+        "        return f @ torch.eye(f.shape[-1]).cuda() + mask\n"
+    )
+    port = next(port for port in peers.PORTS if port.name == "selflein")
+    attention = peers.load_port(port, tmp_path)
+    f = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    assert torch.equal(attention(f, f, None), f)
+    assert torch.get_default_dtype() == torch.float32
