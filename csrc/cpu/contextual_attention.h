@@ -26,9 +26,9 @@ inline void stop_if_interrupted() {
   STD_TORCH_CHECK(!interrupted, "inpaint_kernels: interrupted");
 }
 
-// A strip's bytes: exp(logits) of as many queries as fit. At 2000x2000 this is 8 rows of queries; a whole 512x512 image
-// (4,096 queries and keys) fits at once.
-constexpr int64_t kStripBytes = int64_t{512} << 20;
+// A strip's bytes: exp(logits) of as many queries as fit. At 2000x2000 this is 10 rows of queries; a whole 512x512
+// image (4,096 queries and keys) fits at once.
+constexpr int64_t kStripBytes = int64_t{640} << 20;
 // The backward holds three arrays of a strip's size (probabilities, their gradients and those of their diagonal sums):
 // as many rows of queries as keep the halo small, within these bounds.
 constexpr int64_t kBackwardStripRows = 8;

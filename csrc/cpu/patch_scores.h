@@ -19,6 +19,7 @@
 #include "../common.h"
 #include "../math/contextual_attention.h"
 #include "simd.h"
+#include "tasks.h"
 #include "tile_gemm.h"
 
 namespace inpaint {
@@ -276,36 +277,40 @@ class ScoreSweep {
 
   template <class Emit>
   void run(const Emit& emit) {
-    run(emit, [](int64_t) {});
+    run_phases(phases(), tasks(), work(), [&](int64_t worker, int64_t t, int64_t b) { step(worker, t, b, emit); });
   }
 
-  // `finish(v)`, after all queries' S0 with key row v (which without a fuse are the scores emitted).
-  template <class Emit, class Finish>
-  void run(const Emit& emit, const Finish& finish) {
-    // One parallel region per key row: each pass works on a key row whose terms the regions before it have finished.
-    // T of a key row is complete one region after it was summed (its last keys take terms from the next key row).
-    const int64_t tasks = std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()});
-    const int64_t work = grid_.width * keys_.channels() * std::min<int64_t>(kRowsPerBlock, plan_.patches.size());
-    const int64_t sum_lag = plan_.after + 1, emit_lag = plan_.half ? sum_lag + plan_.half + 2 : sum_lag;
-    for (int64_t v = 0; v < grid_.height + emit_lag; ++v) {
-      const int64_t summed = v - sum_lag, fused = v - emit_lag;
-      run_tasks(tasks, work, [&](int64_t worker, int64_t b) {
-        if (v < grid_.height && b < patch_blocks_.count()) correlate(worker, b, v);
-        if (summed >= 0 && summed < grid_.height && b < column_blocks_.count()) {
-          if (plan_.half)
-            sum_patches_and_fuse_rows(worker, b, summed);
-          else
-            emit_patch_sums(worker, b, summed, emit);
-        }
-        if (plan_.half && fused >= plan_.half && b < score_blocks_.count()) fuse_columns(worker, b, fused, emit);
-      });
-      if (summed >= 0 && summed < grid_.height) finish(summed);
+  // The sweep as `phases()` phases of `tasks()` tasks each, for run_phases. In phase t every pass works on a key row
+  // whose terms the phases before have finished: correlations of key row t, S0 and T of `summed(t)`, S of `fused(t)`. T
+  // is complete one phase after it was summed, because its last keys take terms from the next key row.
+  int64_t phases() const { return grid_.height + emit_lag() + std::min<int64_t>(plan_.half, grid_.height); }
+  int64_t tasks() const { return std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()}); }
+  int64_t work() const {
+    return grid_.width * keys_.channels() * std::min<int64_t>(kRowsPerBlock, plan_.patches.size());
+  }
+  int64_t summed(int64_t t) const { return t - sum_lag(); }
+
+  template <class Emit>
+  void step(int64_t worker, int64_t t, int64_t b, const Emit& emit) {
+    if (t < grid_.height && b < patch_blocks_.count()) correlate(worker, b, t);
+    if (summed(t) >= 0 && summed(t) < grid_.height && b < column_blocks_.count()) {
+      if (plan_.half)
+        sum_patches_and_fuse_rows(worker, b, summed(t));
+      else
+        emit_patch_sums(worker, b, summed(t), emit);
     }
-    for (int64_t v = 0; v < std::min<int64_t>(plan_.half, grid_.height); ++v)
-      run_tasks(score_blocks_.count(), work, [&](int64_t worker, int64_t b) { fuse_columns(worker, b, v, emit); });
+    if (plan_.half && fused(t) >= 0 && b < score_blocks_.count()) fuse_columns(worker, b, fused(t), emit);
   }
 
  private:
+  int64_t sum_lag() const { return plan_.after + 1; }
+  int64_t emit_lag() const { return plan_.half ? sum_lag() + plan_.half + 2 : sum_lag(); }
+  // The key row whose S is emitted in phase t: the first `half` ones, which need the last key rows, come at the end.
+  int64_t fused(int64_t t) const {
+    const int64_t v = t - emit_lag();
+    return v >= grid_.height ? v - grid_.height : v >= plan_.half ? v : kNowhere;
+  }
+
   void allocate() {
     const int64_t width = grid_.width, half = plan_.half;
     correlation_border_ = round_up(std::max(plan_.before, plan_.after), kLanes<T>);

@@ -151,7 +151,9 @@ INPAINT_CLONES void score_start(const Problem& p, const int64_t* active, int64_t
   for (int64_t i = begin; i < end; ++i) {
     const int64_t q = active[i];
     set_window(window, p, q / p.query.width, q % p.query.width);
-    field.distance[q] = patch_distance(p, window, field.match[q], std::numeric_limits<float>::infinity());
+    const float distance = patch_distance(p, window, field.match[q], std::numeric_limits<float>::infinity());
+    // A NaN would compare as nearer than everything.
+    field.distance[q] = distance == distance ? distance : std::numeric_limits<float>::infinity();
   }
 }
 

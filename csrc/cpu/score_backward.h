@@ -1,6 +1,8 @@
 // The adjoints of the passes of patch_scores.h, in reverse order: from dS to the gradients of query, key and key norm.
 #pragma once
 
+#include <numeric>
+
 #include "contextual_attention.h"
 
 namespace inpaint {
@@ -47,10 +49,10 @@ class ScoreBackward {
         sources_(pixel_list(row_plan_)),
         query_columns_(query, pixels_of(inputs.channels, inputs.queries), inputs.queries.width, sources_.size(),
                        sources_.data()),
-        column_gradients_(3, plan.columns.size(), width_, std::max(1, plan.half)),
-        row_gradients_(plan.before + plan.after + 1, plan.rows.size(), width_, 1),
-        patch_gradients_(1, row_plan_.patches.size(), width_, std::max(plan.before, plan.after)),
-        correlation_gradients_(1, sources_.size() + kTileRows, round_up(width_, kTileColumns<T>), 0),
+        column_gradients_(4, plan.columns.size(), width_, std::max(1, plan.half)),
+        row_gradients_(plan.before + plan.after + 2, plan.rows.size(), width_, 1),
+        patch_gradients_(2, row_plan_.patches.size(), width_, std::max(plan.before, plan.after)),
+        correlation_gradients_(2, sources_.size() + kTileRows, round_up(width_, kTileColumns<T>), 0),
         query_gradient_(sources_.size() * query_columns_.panels() * kTileColumns<T>, true),
         blocks_{kRowsPerBlock, plan.rows.size()},
         norm_terms_(blocks_.count() * inputs.keys.count(), true),
@@ -72,19 +74,35 @@ class ScoreBackward {
     row_terms_ = QueryPlan::terms(plan.rows, plan.columns, -plan.half, plan.half, row);
     patch_terms_ = QueryPlan::terms(row_plan_.patches, plan.rows, -plan.after, plan.before, above);
     pixel_terms_ = QueryPlan::terms(pixels, row_plan_.patches, -plan.after, plan.before, beside);
+    for (int64_t w = 0; w < worker_count(); ++w) tiles_.emplace_back(kTileSize<T>, true);
   }
 
   // Adds to dquery [C, hq, wq], dkey [keys][channels rounded up] and norm_sums [hk, wk] (sum over p of dS0 S0).
   void run(T* dquery, T* dkey, T* norm_sums) {
-    const int64_t height = inputs_.keys.height;
-    for (int64_t v = 0; v < std::min<int64_t>(2, height); ++v) fuse_columns(v);
-    ScoreSweep<T>(row_plan_, query_, keys_, inputs_.keys, inverse_norm_)
-        .run([&](int64_t v, int64_t i, const T* scores) { fuse_rows(v, i, scores); },
-             [&](int64_t v) {
-               if (v + 2 < height) fuse_columns(v + 2);
-               if (v >= plan_.before) correlate(v - plan_.before, dkey);
-             });
-    for (int64_t v = std::max<int64_t>(0, height - plan_.before); v < height; ++v) correlate(v, dkey);
+    ScoreSweep<T> sweep(row_plan_, query_, keys_, inputs_.keys, inverse_norm_);
+    const auto emit = [&](int64_t v, int64_t i, const T* scores) { fuse_rows(v, i, scores); };
+    const int64_t height = inputs_.keys.height, before = plan_.before;
+    const Blocks columns{kRowsPerBlock, plan_.columns.size()}, patches{kRowsPerBlock, row_plan_.patches.size()};
+    const Blocks pixels{kRowsPerBlock, static_cast<int64_t>(sources_.size())}, keys{kTileRows, width_};
+    run_tasks(columns.count(), kRowsPerBlock * width_, [&](int64_t, int64_t b) {
+      for (int64_t v = 0; v < std::min<int64_t>(2, height); ++v) fuse_columns(columns, b, v);
+    });
+    // As in the sweep, every pass of a phase works on a key row whose terms the phases before have finished: dS0 of v,
+    // then dT two key rows ahead of it, dH, dG and dkey behind it.
+    const int64_t passes[] = {sweep.tasks(), columns.count(), patches.count(), pixels.count(), keys.count()};
+    const int64_t tasks = std::accumulate(std::begin(passes), std::end(passes), int64_t{0});
+    const int64_t phases = height + before + 3 - sweep.summed(0);
+    run_phases(phases, tasks, sweep.work() / 4, [&](int64_t worker, int64_t t, int64_t i) {
+      const int64_t v = sweep.summed(t);
+      const auto inside = [&](int64_t key_row) { return key_row >= 0 && key_row < height; };
+      int64_t pass = 0;
+      for (; i >= passes[pass]; ++pass) i -= passes[pass];
+      if (pass == 0) sweep.step(worker, t, i, emit);
+      if (pass == 1 && v >= 0 && inside(v + 2)) fuse_columns(columns, i, v + 2);
+      if (pass == 2 && inside(v - before - 1)) sum_patches(patches, i, v - before - 1);
+      if (pass == 3 && inside(v - before - 2)) add_query_gradient(worker, pixels, i, v - before - 2);
+      if (pass == 4 && inside(v - before - 3)) add_key_gradient(i, v - before - 3, dkey);
+    });
     scatter_query_gradient(dquery);
     for (int64_t b = 0; b < blocks_.count(); ++b)
       for (int64_t q = 0; q < inputs_.keys.count(); ++q) norm_sums[q] += norm_terms_[b * inputs_.keys.count() + q];
@@ -115,11 +133,11 @@ class ScoreBackward {
     return list;
   }
 
-  // dT with key row v, from dS in the strip.
-  void fuse_columns(int64_t v) {
+  // dT of one block with key row v, from dS in the strip.
+  void fuse_columns(const Blocks& blocks, int64_t b, int64_t v) {
     const int half = plan_.half;
     const int64_t height = inputs_.keys.height;
-    run_tasks(plan_.columns.size(), width_, [&](int64_t, int64_t i) {
+    for (int64_t i = blocks.begin(b); i < blocks.end(b); ++i) {
       const T* sources[kMaxFuse];
       for (int e = -half; e <= half; ++e) {
         const int32_t row = column_terms_[e + half][i];
@@ -128,7 +146,7 @@ class ScoreBackward {
         sources[e + half] = found ? score_gradients_.row(row, key_row) + wrap : nullptr;
       }
       column_gradients_.flag(v, i) = sum_present(column_gradients_.row(v, i), sources, 2 * half + 1, width_);
-    });
+    }
   }
 
   // dS0 with key row v, its product with S0, and dS0 / n.
@@ -158,10 +176,9 @@ class ScoreBackward {
     multiply_row(to, inverse_norm_ + v * width_, width_);
   }
 
-  // dH and dG with key row v, and their products with the key and the query features.
-  void correlate(int64_t v, T* dkey) {
-    const int64_t pixels = static_cast<int64_t>(sources_.size());
-    run_tasks(row_plan_.patches.size(), width_, [&](int64_t, int64_t i) {
+  // dH of one block with key row v.
+  void sum_patches(const Blocks& blocks, int64_t b, int64_t v) {
+    for (int64_t i = blocks.begin(b); i < blocks.end(b); ++i) {
       const T* sources[kMaxPatch];
       int count = 0;
       for (int dy = -plan_.after; dy <= plan_.before; ++dy) {
@@ -169,74 +186,67 @@ class ScoreBackward {
         const bool inside = v + dy >= 0 && v + dy < inputs_.keys.height;
         sources[count++] = inside ? row_gradients_.present_row(v + dy, row) : nullptr;
       }
-      patch_gradients_.flag(0, i) = sum_present(patch_gradients_.row(0, i), sources, count, width_);
-    });
-    run_tasks(ceil_div(pixels, kTileRows), kTileRows * width_, [&](int64_t, int64_t g) { add_query_gradient(g, v); });
-    std::vector<int32_t> present;
-    for (int64_t i = 0; i < pixels; ++i)
-      if (correlation_gradients_.flag(0, i)) present.push_back(static_cast<int32_t>(i));
-    if (!present.empty())
-      run_tasks(ceil_div(width_, kTileRows), kTileRows * static_cast<int64_t>(present.size()),
-                [&](int64_t, int64_t g) { add_key_gradient(g, v, present, dkey); });
+      patch_gradients_.flag(v, i) = sum_present(patch_gradients_.row(v, i), sources, count, width_);
+    }
   }
 
-  // dG of kTileRows queries, and dquery += dG key.
-  void add_query_gradient(int64_t group, int64_t v) {
-    const int64_t begin = group * kTileRows, end = std::min<int64_t>(begin + kTileRows, sources_.size());
-    const int64_t stride = query_columns_.panels() * kTileColumns<T>;
-    bool any = false;
-    for (int64_t i = begin; i < end; ++i) {
+  // dG of one block with key row v, and dquery += dG key.
+  void add_query_gradient(int64_t worker, const Blocks& blocks, int64_t b, int64_t v) {
+    for (int64_t i = blocks.begin(b); i < blocks.end(b); ++i) {
       const T* sources[kMaxPatch];
       int count = 0;
       for (int dx = -plan_.after; dx <= plan_.before; ++dx) {
-        const T* row = patch_gradients_.present_row(0, pixel_terms_[dx + plan_.after][i]);
+        const T* row = patch_gradients_.present_row(v, pixel_terms_[dx + plan_.after][i]);
         sources[count++] = row ? row + dx : nullptr;
       }
-      const bool present = sum_present(correlation_gradients_.row(0, i), sources, count, width_);
-      correlation_gradients_.flag(0, i) = present;
-      any |= present;
+      correlation_gradients_.flag(v, i) = sum_present(correlation_gradients_.row(v, i), sources, count, width_);
     }
-    if (!any) return;
-    Buffer<T> tile(kTileSize<T>);
+    for (int64_t begin = blocks.begin(b); begin < blocks.end(b); begin += kTileRows)
+      for (int64_t left = 0; left < width_; left += kTileInner)
+        add_query_gradient_tile(tiles_[worker].get(), begin, std::min(blocks.end(b), begin + kTileRows), left, v);
+  }
+
+  // dquery += dG key for at most kTileRows queries and kTileInner keys of key row v.
+  void add_query_gradient_tile(T* tile, int64_t begin, int64_t end, int64_t left, int64_t v) {
+    const int64_t count = std::min<int64_t>(kTileInner, width_ - left);
+    const int64_t stride = query_columns_.panels() * kTileColumns<T>;
+    bool any = false;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const T* row = begin + r < end ? correlation_gradients_.present_row(v, begin + r) : nullptr;
+      if (row)
+        std::copy_n(row + left, count, tile + r * kTileStride);
+      else
+        std::fill_n(tile + r * kTileStride, count, T(0));
+      any |= row != nullptr;
+    }
     int32_t inner[kTileInner];
-    for (int64_t left = 0; left < width_; left += kTileInner) {
-      const int64_t count = std::min<int64_t>(kTileInner, width_ - left);
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        T* to = tile.get() + r * kTileStride;
-        const bool present = begin + r < end && correlation_gradients_.flag(0, begin + r);
-        if (present)
-          std::copy_n(correlation_gradients_.row(0, begin + r) + left, count, to);
-        else
-          std::fill_n(to, count, T(0));
-      }
-      const int found = nonzero_columns(tile.get(), static_cast<int>(count), inner);
-      T sums[kTileRows * kTileColumns<T>];
-      for (int64_t j = 0; found > 0 && j < query_columns_.panels(); ++j) {
-        multiply_tile(tile.get(), key_columns_.panel(j) + (v * width_ + left) * kTileColumns<T>, inner, found, sums,
-                      kTileColumns<T>, false);
-        for (int64_t r = 0; r < end - begin; ++r)
-          for (int64_t n = 0; n < kTileColumns<T>; ++n)
-            query_gradient_[(begin + r) * stride + j * kTileColumns<T> + n] += sums[r * kTileColumns<T> + n];
-      }
+    const int found = any ? nonzero_columns(tile, static_cast<int>(count), inner) : 0;
+    T sums[kTileRows * kTileColumns<T>];
+    for (int64_t j = 0; found > 0 && j < query_columns_.panels(); ++j) {
+      multiply_tile(tile, key_columns_.panel(j) + (v * width_ + left) * kTileColumns<T>, inner, found, sums,
+                    kTileColumns<T>, false);
+      for (int64_t r = 0; r < end - begin; ++r)
+        for (int64_t n = 0; n < kTileColumns<T>; ++n)
+          query_gradient_[(begin + r) * stride + j * kTileColumns<T> + n] += sums[r * kTileColumns<T> + n];
     }
   }
 
   // dkey(q) += sum over p of dG(p, q) query[p], for kTileRows keys q of key row v.
-  void add_key_gradient(int64_t group, int64_t v, const std::vector<int32_t>& present, T* dkey) const {
+  void add_key_gradient(int64_t group, int64_t v, T* dkey) const {
     const int64_t left = group * kTileRows, count = std::min<int64_t>(kTileRows, width_ - left);
     const int64_t stride = query_columns_.panels() * kTileColumns<T>;
-    const int64_t row_stride = correlation_gradients_.row(0, 1) - correlation_gradients_.row(0, 0);
-    const T* gradients = correlation_gradients_.row(0, 0) + left;
+    const T* first = correlation_gradients_.row(v, 0) + left;
+    const int64_t row_stride = correlation_gradients_.row(v, 1) - correlation_gradients_.row(v, 0);
     std::vector<int32_t> inner;
-    for (const int32_t i : present) {
-      const T* row = gradients + i * row_stride;
-      if (std::any_of(row, row + count, [](T x) { return x != 0; })) inner.push_back(i);
+    for (int64_t i = 0; i < static_cast<int64_t>(sources_.size()); ++i) {
+      const T* row = first + i * row_stride;
+      if (correlation_gradients_.flag(v, i) && std::any_of(row, row + count, [](T x) { return x != 0; }))
+        inner.push_back(static_cast<int32_t>(i));
     }
-    if (inner.empty()) return;
     T sums[kTileRows * kTileColumns<T>];
-    for (int64_t j = 0; j < query_columns_.panels(); ++j) {
-      multiply_transposed_tile(gradients, row_stride, query_columns_.panel(j), inner.data(),
-                               static_cast<int>(inner.size()), sums, kTileColumns<T>);
+    for (int64_t j = 0; !inner.empty() && j < query_columns_.panels(); ++j) {
+      multiply_transposed_tile(first, row_stride, query_columns_.panel(j), inner.data(), static_cast<int>(inner.size()),
+                               sums, kTileColumns<T>);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t n = 0; n < kTileColumns<T>; ++n)
           dkey[(v * width_ + left + r) * stride + j * kTileColumns<T> + n] += sums[r * kTileColumns<T> + n];
@@ -266,6 +276,7 @@ class ScoreBackward {
   Buffer<T> norm_terms_;  // [blocks of plan.rows][keys], added up in a fixed order
   const T* query_;
   std::vector<std::vector<int32_t>> column_terms_, row_terms_, patch_terms_, pixel_terms_;
+  std::vector<Buffer<T>> tiles_;  // per worker
 };
 
 }  // namespace inpaint

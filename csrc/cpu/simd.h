@@ -5,14 +5,11 @@
 // number of threads.
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-
-#include <torch/csrc/stable/ops.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define INPAINT_X86_VERSIONS 1
@@ -262,28 +259,6 @@ INPAINT_CLONES inline void softmax_gradient_row(float* row, const float* gradien
 INPAINT_CLONES inline void softmax_gradient_row(double* row, const double* gradient, const double* factor, double scale,
                                                 double mean, int64_t length) {
   softmax_gradient_row_body(row, gradient, factor, scale, mean, length);
-}
-
-// ---- Tasks -------------------------------------------------------------------------------------------------------
-
-inline int64_t worker_count() { return torch::stable::get_num_threads(); }
-
-// Less work than this, in values read and computed, is done before a second thread has woken up.
-constexpr int64_t kParallelWork = 1 << 15;
-
-// Calls task(worker, i) for i in [0, count), each exactly once, on torch's threads; worker < worker_count(). Which
-// worker runs which task varies, so tasks must not depend on it. `work`: roughly the values that one task handles.
-template <class Task>
-void run_tasks(int64_t count, int64_t work, const Task& task) {
-  if (count * work < kParallelWork) {
-    for (int64_t i = 0; i < count; ++i) task(0, i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(count, worker_count());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(worker, i);
-  });
 }
 
 }  // namespace inpaint

@@ -85,7 +85,7 @@ def contextual_attention(
         A(p, .)  = softmax over q of scale * key_scale_q * S(p, q) + key_bias_q, invalid keys as ``masking`` says
         output   = sum over p, q of A(p, q) * (K x K patch of value at rate * q), pasted at rate * p, / divisor
 
-    The score matrix is never stored: memory is bounded by a strip of queries (about 0.5 GiB at any size), and only the
+    The score matrix is never stored: memory is bounded by a strip of queries (at most 0.63 GiB), and only the
     ``queries`` asked for are computed. Scores and softmax accumulate in float32 (float64 for float64 inputs); the
     result has the dtype of ``f``. Bit-identical from run to run and for any number of threads.
 
