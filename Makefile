@@ -1,11 +1,11 @@
-# Every target does its own set-up: a virtual environment, the dependencies and the native library. A second call is
-# quick: ninja compiles only the sources that changed.
+# Every target does its own set-up: a virtual environment, the packages that it needs and the native library. A second
+# call is quick: ninja compiles only the sources that changed.
 #
 #   make demo     fill real photos, and measure this library against the naive op on this machine
 #   make test     the test suite, without the tests marked slow
 #   make bench    the benchmarks and the slow tests
 #   make lint     ruff, mypy, clang-format
-#   make build    set up, and compile what changed
+#   make build    only the set-up: the packages of the command line, and what changed is compiled
 #   make clean    remove what was built; the virtual environment stays
 #
 # VENV=<folder> uses another virtual environment, PYTHON=<interpreter> the Python to make it with. A torch that is
@@ -23,28 +23,30 @@ TORCH_VERSION ?= 2.13.0
 TORCH_PIP_OPTIONS ?=
 BENCH_JSON ?= build/benchmark.json
 
-INSTALLED := $(VENV)/.inpaint-kernels-installed
+# Marks of what the environment has: torch and the build tools, the native library, the package with an extra.
+TOOLS := $(VENV)/.inpaint-kernels-tools
 COMPILED := $(VENV)/.inpaint-kernels-compiled
+WITH := $(VENV)/.inpaint-kernels-with
 
 .PHONY: demo test bench lint build clean
 
-demo: build
+demo: $(WITH)-demo $(COMPILED)
 	$(PY) benches/demo.py
 
-test: build
+test: $(WITH)-dev $(COMPILED)
 	$(PY) -m pytest -q -m "not slow"
 
-bench: build
+bench: $(WITH)-dev $(COMPILED)
 	$(PY) -m pytest benches --benchmark-json=$(BENCH_JSON)
 	$(PY) -m pytest -q -m slow
 
-lint: build
+lint: $(WITH)-dev $(COMPILED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-build: $(COMPILED)
+build: $(WITH)-cli $(COMPILED)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
@@ -54,11 +56,17 @@ clean:
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml | $(PY)
+$(TOOLS): | $(PY)
 	$(PIP) install --quiet --upgrade "pip>=24" "setuptools>=77" wheel "ninja>=1.11"
 	$(PY) -c "import torch" 2>/dev/null || $(MAKE) --no-print-directory torch
+	touch $@
+
+$(COMPILED): setup.py $(shell find csrc -type f) | $(TOOLS)
 	$(PY) setup.py --quiet build_native --inplace
-	$(PIP) install --quiet --no-build-isolation --editable ".[cli,dev]"
+	touch $@
+
+$(WITH)-%: pyproject.toml | $(COMPILED)
+	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
 .PHONY: torch
@@ -69,7 +77,3 @@ torch:
 	  $(PIP) install --quiet $(TORCH_PIP_OPTIONS) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || \
 	  $(PIP) install --quiet $(TORCH_PIP_OPTIONS) "torch==$(TORCH_VERSION)"; \
 	fi
-
-$(COMPILED): setup.py $(shell find csrc -type f) | $(INSTALLED)
-	$(PY) setup.py --quiet build_native --inplace
-	touch $@

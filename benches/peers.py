@@ -252,7 +252,7 @@ PORTS = (
     Port("nipponjo", "nipponjo/deepfillv2-pytorch", _nipponjo, mask_scale=4),
     Port("nipponjo_tf", "nipponjo/deepfillv2-pytorch", _nipponjo_tf, mask_scale=4),
     Port("mmagic", "open-mmlab/mmagic", _mmagic, even_only=False, same_size_with_fuse_only=True),
-    Port("selflein", "selflein/DeepFill-v2", _selflein, even_only=False, square_fuse_only=True),
+    Port("selflein", "selflein/DeepFill-v2", _selflein, square_fuse_only=True),
     Port(
         "yangyu12",
         "yangyu12/deepfill_v2.pytorch",

@@ -26,7 +26,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 OWN = (OURS, "portable", NAIVE, "naive compiled")
 YARDSTICK = "GEMMs alone"
-SUMMARY_FAMILY = "peaked"
+SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ Races = dict[str, dict[str, Contender]]
 
 
 def load(paths: Iterable[Path]) -> Races:
-    """Contenders by case and name, from pytest-benchmark's JSON files."""
+    """Contenders by race ("op, case") and name, from pytest-benchmark's JSON files."""
     races: Races = {}
     for document in sorted((json.loads(path.read_text()) for path in paths), key=lambda document: document["datetime"]):
         entries: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
@@ -94,7 +94,7 @@ def load(paths: Iterable[Path]) -> Races:
             if info.get("figure") == "seconds":
                 wall, cpu = benchmark["stats"]["data"], info["cpu_seconds"]
                 entry = Entry(info["provider"], wall, cpu, info["peak_extra_mib"], info)
-                entries[info["case"]][entry.provider.removesuffix(LAYOUT)].append(entry)
+                entries[f"{info['op']}, {info['case']}"][entry.provider.removesuffix(LAYOUT)].append(entry)
         for case, providers in entries.items():
             races[case] = {name: Contender(name, layouts) for name, layouts in providers.items()}
     return races
@@ -122,7 +122,7 @@ def full_tables(races: Races) -> str:
         ]
         noise = "" if facts["noise"] is None else f"; noise {facts['noise']:.0%}"
         parts += [
-            f"### {facts['op']}, {case}",
+            f"### {case}",
             "",
             f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels{noise}.",
             "",
@@ -134,6 +134,7 @@ def full_tables(races: Races) -> str:
 
 def summary(races: Races) -> str:
     """The table for the README: the larger cases, and the comparison that comes out worst for us."""
+    races = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == SUMMARY_OP}
     chosen = [
         contenders
         for contenders in races.values()
@@ -247,7 +248,8 @@ def plot(races: Races, path: Path) -> None:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for contenders in races.values():
         facts = _facts(contenders)
-        if (facts["direction"], facts["family"]) == ("forward", SUMMARY_FAMILY) and facts["queries"] == facts["keys"]:
+        drawn = (facts["op"], facts["family"], facts["direction"]) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
+        if drawn and facts["queries"] == facts["keys"]:
             for contender in contenders.values():
                 points[contender.name].append((facts["keys"], contender.wall))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

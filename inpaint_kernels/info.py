@@ -22,10 +22,17 @@ def _two_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return feature_map, feature_map
 
 
+def _matched_map(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    key = torch.zeros(1, 8, 16, 16, device=device)
+    return key, torch.zeros(1, 16, 16, dtype=torch.int64, device=device), torch.zeros(1, 16, 16, device=device)
+
+
 # The smallest sensible call of each op, to ask its backends about; nothing is run.
 _EXAMPLES: Mapping[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "contextual_attention": _two_maps,
     "match_patches": _two_maps,
+    "patch_vote": _matched_map,
+    "patchmatch": _two_maps,
 }
 
 
@@ -84,10 +91,7 @@ def _ops() -> Table:
     for heading in ("op", "device", "chosen", "also usable", "cannot run"):
         table.add_column(heading, overflow="fold")
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for op, backends in _backends.registered_ops().items():
-        if op not in _EXAMPLES:
-            table.add_row(op, "", "", ", ".join(backends.reasons), "")
-            continue
+    for op in _backends.registered_ops():
         for kind in kinds:
             explanation = _backends.explain(op, *_EXAMPLES[op](torch.device(kind)))
             others = [name for name in explanation.usable if name != explanation.chosen]

@@ -84,7 +84,8 @@ def blend(
         known: [C, h, w], the values outside the hole; what it holds inside is not looked at.
         right: [C, h, w - 1], g of horizontal neighbours: the wanted value of the right one minus the left one.
         below: [C, h - 1, w], g of vertical neighbours: the wanted value of the lower one minus the upper one.
-        right_weight, below_weight: [h, w - 1] and [h - 1, w], at least 0; None: 1 everywhere.
+        right_weight: [h, w - 1], at least 0; None: 1 everywhere.
+        below_weight: [h - 1, w], the same.
         guess: [C, h, w] to start from; None: 0.
 
     Returns:

@@ -13,19 +13,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from inpaint_kernels.models.blending import blend
-from inpaint_kernels.models.diffusion import diffuse
-from inpaint_kernels.models.patch_synthesis import Synthesis, Tunables, synthesise
+from inpaint_kernels.models.diffusion import diffuse, is_thin
+from inpaint_kernels.models.patch_synthesis import (
+    Synthesis,
+    Tunables,
+    box_mean,
+    city_block_distance,
+    dilate,
+    synthesise,
+)
 from torch import Tensor, nn
 
 from inpaint_kernels._checks import check_choice, check_dtype, check_range, check_shape
 
 METHODS = ("auto", "exemplar", "diffusion")
-THIN_RADIUS = 4
-"""Largest radius in pixels of a disc inside the hole up to which ``method="auto"`` diffuses."""
-
 Progress = Callable[[float, str], None]
+
+# When a learned model is advised: holes of this share of the photo, or that reach this far in, as a share of its
+# shorter side; not for holes less deep than this; and contrast that can be seen, of a full scale of 1.
+_LARGE_SHARE = 0.25
+_LARGE_DEPTH = 0.2
+_SHALLOW = 16
+_VISIBLE = 0.05
 
 _LEARNED = (
     "a learned model does better here: inpaint-kernels fill IMAGE MASK -o OUT --model deepfillv2 --weights WEIGHTS"
@@ -74,8 +84,8 @@ def fill(
         See :class:`ExemplarResult`.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype or value, NaN or Inf in a known pixel, or nothing known to fill from;
-            the message names the argument.
+        ValueError, TypeError: a wrong shape, dtype or value, NaN or Inf in a known pixel, or nothing known to fill
+            from; the message names the argument.
 
     References:
         Newson et al., Non-Local Patch-Based Image Inpainting, IPOL 7, 2017.
@@ -87,7 +97,7 @@ def fill(
         return ExemplarResult(image.clone(), None, "none", None)
     image = image.detach()
     known = torch.where(mask, 0.0, image)
-    if method == "diffusion" or (method == "auto" and inscribed_radius_at_most(mask, THIN_RADIUS)):
+    if method == "diffusion" or (method == "auto" and is_thin(mask)):
         return _diffused(image, known, mask, report, None)
     with torch.no_grad():
         synthesis = synthesise(known, mask, settings, seed, lambda share, stage: report(0.95 * share, stage))
@@ -96,7 +106,7 @@ def fill(
         report(0.95, "blending")
         output = _composed(image, known, mask, synthesis)
     report(1.0, "done")
-    return ExemplarResult(output, _offsets(synthesis, mask), "exemplar", _advice(mask, synthesis))
+    return ExemplarResult(output, _offsets(synthesis, mask), "exemplar", _advice(known, mask, synthesis))
 
 
 class Exemplar(nn.Module):
@@ -127,20 +137,6 @@ class Exemplar(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
         return f"method={self.method!r}, seed={self.seed}"
-
-
-def inscribed_radius_at_most(mask: Tensor, radius: int) -> bool:
-    """Whether no disc of more than ``radius`` pixels, centre excluded, fits into a bool mask; the border ends it."""
-    steps = range(-radius - 1, radius + 2)
-    framed = F.pad(mask, (radius + 1,) * 4)
-    height, width = mask.shape
-    inside = mask.clone()
-    for dy in steps:
-        for dx in steps:
-            if dy * dy + dx * dx <= (radius + 1) ** 2:
-                top, left = dy + radius + 1, dx + radius + 1
-                inside &= framed[top : top + height, left : left + width]
-    return not bool(inside.any())
 
 
 def _check(image: Tensor, mask: Tensor, method: str, seed: int, tunables: dict[str, Any]) -> Tunables:
@@ -197,18 +193,18 @@ def _composed(image: Tensor, known: Tensor, mask: Tensor, synthesis: Synthesis) 
     return output
 
 
-def gradient_blend(known: Tensor, mask: Tensor, synthesis: Synthesis, tolerance: float = 0.1) -> Tensor:
+def gradient_blend(known: Tensor, mask: Tensor, synthesis: Synthesis, tolerance: float = 0.2) -> Tensor:
     """Colours [C, h, w] of the synthesis' box, whose hole has the differences that its sources have.
 
-    Where two neighbours have sources that are no neighbours, the differences beside both are averaged. Where a known pixel
-    and the pixel beside the source that borders on it have little in common (a structure was cut), their difference counts
-    less, so that the border's error is not spread over the hole.
+    Where two neighbours have sources that are no neighbours, the differences beside both are averaged. Where a source
+    continues quite otherwise than its neighbour (a structure ends there), that difference counts less, so that the edge
+    stays an edge instead of being spread over the hole.
 
     Args:
         known: [C, H, W], the photo.
         mask: [H, W] bool, its hole.
         synthesis: of the hole.
-        tolerance: difference of colour at which a border counts half.
+        tolerance: root mean square error of colour at which a difference counts half.
     """
     below, below_weight = _wanted_differences(known, mask, synthesis, 0, tolerance)
     right, right_weight = _wanted_differences(known, mask, synthesis, 1, tolerance)
@@ -236,14 +232,15 @@ def _wanted_differences(
     before = (two - step).where(place_two > 0, two)
     use_one = hole_one & (behind != one) & is_known[behind]
     use_two = hole_two & (before != two) & is_known[before]
-    by_one, by_two = colours[:, behind] - colours[:, one], colours[:, two] - colours[:, before]
-    count = use_one.int() + use_two.int()
-    mean = (by_one * use_one + by_two * use_two) / count.clamp_min(1)
-    wanted = torch.where(count > 0, mean, colours[:, two] - colours[:, one])
+    count = (use_one.int() + use_two.int()).clamp_min(1)
+    from_one = (colours[:, behind] - colours[:, one]) * use_one
+    from_two = (colours[:, two] - colours[:, before]) * use_two
+    wanted = torch.where(use_one | use_two, (from_one + from_two) / count, colours[:, two] - colours[:, one])
 
-    mismatch = torch.where(hole_one, colours[:, behind] - colours[:, two], colours[:, before] - colours[:, one])
-    weight = 1 / (1 + mismatch.square().mean(0) / tolerance**2)
-    return wanted, torch.where(hole_one & hole_two, 1.0, weight)
+    # What each source has in the other pixel's place, against what is there; 0 for two neighbours copied together.
+    error_one = (colours[:, behind] - colours[:, two]).square().mean(0) * use_one
+    error_two = (colours[:, before] - colours[:, one]).square().mean(0) * use_two
+    return wanted, 1 / (1 + (error_one + error_two) / count / tolerance**2)
 
 
 def _offsets(synthesis: Synthesis, mask: Tensor) -> Tensor:
@@ -256,6 +253,31 @@ def _offsets(synthesis: Synthesis, mask: Tensor) -> Tensor:
     return offsets
 
 
-def _advice(mask: Tensor, synthesis: Synthesis) -> str | None:
-    """A sentence for holes that copying cannot fill well."""
+def _advice(known: Tensor, mask: Tensor, synthesis: Synthesis) -> str | None:
+    """A sentence for holes that copying cannot be expected to fill well."""
+    depth = int(city_block_distance(synthesis.hole).max())
+    if float(mask.float().mean()) > _LARGE_SHARE or depth > _LARGE_DEPTH * min(mask.shape):
+        return f"the hole is large; {_LEARNED}"
+    if depth >= _SHALLOW and _structure_meets_border(known, mask, synthesis, depth):
+        return f"different things meet at the hole; {_LEARNED}"
     return None
+
+
+def _structure_meets_border(known: Tensor, mask: Tensor, synthesis: Synthesis, depth: int) -> bool:
+    """Whether colour varies more from place to place around the hole than within each place.
+
+    A texture goes on around its hole: local means differ less than the pixels of one neighbourhood do. Where objects
+    and their borders meet the hole, it is the other way round.
+    """
+    reach = max(_SHALLOW // 4, depth // 6)
+    (top, left), (height, width) = synthesis.corner, synthesis.hole.shape
+    around = (
+        slice(max(0, top - 2 * reach), top + height + 2 * reach),
+        slice(max(0, left - 2 * reach), left + width + 2 * reach),
+    )
+    colours, hole = known[(slice(None), *around)], mask[around]
+    ring = dilate(hole, reach) & ~hole
+    local = box_mean(colours, (~hole).float(), reach)
+    between = float(local[:, ring].std(1).mean())
+    within = float((colours - local)[:, ring].std(1).mean())
+    return between > max(within, _VISIBLE)

@@ -47,7 +47,7 @@ class Tunables:
 
     coarsest: int = 128
     patch: int = 9
-    texture: float = 4.0
+    texture: float = 3.0
     bandwidth: float = 1.0
     gamma: float = 1.3
     coarsest_rounds: int = 12
@@ -168,7 +168,7 @@ def _mean_change(level: Level, before: Tensor, after: Tensor) -> float:
     return float(change)
 
 
-# The pyramid -----------------------------------------------------------------------------------------------------------
+# The pyramid ----------------------------------------------------------------------------------------------------------
 
 
 def build_levels(image: Tensor, hole: Tensor, tunables: Tunables) -> list[Level]:
@@ -182,7 +182,7 @@ def build_levels(image: Tensor, hole: Tensor, tunables: Tunables) -> list[Level]
             image, known = _halve(image, known)
             texture, texture_known = _halve(texture, texture_known)
             hole = F.max_pool2d(_even(hole[None].float()), 2)[0] > 0
-        smooth = _box_mean(texture, texture_known, 2)
+        smooth = box_mean(texture, texture_known, 2)
         level = _level(torch.cat([image, tunables.texture * smooth]) * ~hole, len(image), hole, tunables)
         if int(level.eligible.sum()) < (_ENOUGH_PATCHES if step else 1):
             break
@@ -199,13 +199,13 @@ def _level(features: Tensor, colours: int, hole: Tensor, tunables: Tunables) -> 
     box_hole = hole[top:bottom, left:right].contiguous()
     eligible = torch.zeros_like(hole)
     inner = (slice(half, height - half), slice(half, width - half))
-    eligible[inner] = ~_dilate(hole, half)[inner]
+    eligible[inner] = ~dilate(hole, half)[inner]
     return Level(
         features=features,
         colours=colours,
         corner=(top, left),
         hole=box_hole,
-        queries=_dilate(box_hole, half),
+        queries=dilate(box_hole, half),
         eligible=eligible,
         confidence=-math.log(tunables.gamma) * city_block_distance(box_hole),
     )
@@ -223,7 +223,7 @@ def city_block_distance(mask: Tensor) -> Tensor:
     return distance
 
 
-def _dilate(mask: Tensor, radius: int) -> Tensor:
+def dilate(mask: Tensor, radius: int) -> Tensor:
     """A bool mask grown by a square of side 2 radius + 1."""
     side = 2 * radius + 1
     grown = F.max_pool2d(mask[None].float(), (1, side), 1, (0, radius))
@@ -251,7 +251,7 @@ def _halve(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(_even(x * known), 2) / share.clamp_min(1e-6), share[0]
 
 
-def _box_mean(x: Tensor, known: Tensor, radius: int) -> Tensor:
+def box_mean(x: Tensor, known: Tensor, radius: int) -> Tensor:
     """Mean over the known pixels of the square of side 2 radius + 1 around each pixel."""
 
     def box(y: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def _box_mean(x: Tensor, known: Tensor, radius: int) -> Tensor:
     return box(x * known) / box(known[None]).clamp_min(1e-6)
 
 
-# Matching --------------------------------------------------------------------------------------------------------------
+# Matching -------------------------------------------------------------------------------------------------------------
 
 
 def _match_all(level: Level, state: Tensor, queries: Tensor, weight: Tensor | None, tunables: Tunables) -> PatchMatches:
@@ -318,7 +318,7 @@ def _refined(field: PatchMatches, coarse: Level, fine: Level) -> PatchMatches:
     return PatchMatches(torch.where(usable, index, -1), score)
 
 
-# Voting ----------------------------------------------------------------------------------------------------------------
+# Voting ---------------------------------------------------------------------------------------------------------------
 
 
 def _vote(level: Level, state: Tensor, field: PatchMatches, tunables: Tunables, pixels: Tensor) -> Tensor:
@@ -357,15 +357,15 @@ def _sources(level: Level, field: PatchMatches, tunables: Tunables) -> Synthesis
     return Synthesis(level.corner, level.hole, torch.where(level.hole, itself + shift, itself), float(mean.sqrt()))
 
 
-# The first guess -------------------------------------------------------------------------------------------------------
+# The first guess ------------------------------------------------------------------------------------------------------
 
 
 def _peel(level: Level, tunables: Tunables) -> Tensor:
     """The state [C, h, w] of the coarsest level: the hole filled ring by ring from patches that are known in part."""
     state, unknown = level.box(level.features).clone(), level.hole.clone()
     while unknown.any():
-        ring = unknown & _dilate(~unknown, 1)
-        over = _dilate(ring, tunables.patch // 2) & _dilate(~unknown, 1)
+        ring = unknown & dilate(~unknown, 1)
+        over = dilate(ring, tunables.patch // 2) & dilate(~unknown, 1)
         field = _match_all(level, state, over, (~unknown).float(), tunables)
         state = _vote(level, state, field, tunables, ring)
         unknown &= ~ring

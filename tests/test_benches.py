@@ -198,7 +198,7 @@ def test_the_yardstick_covers_a_sample_of_the_rows() -> None:
     keys = 10 * bench.GEMM_ROWS
     run, scale = bench.bare_gemms(keys, gemm)
     run()
-    assert rows == [bench.GEMM_ROWS] * 4  # correlation and paste of two blocks of ten
+    assert rows == [bench.GEMM_ROWS] * 2 * (keys // bench.GEMM_KEYS + 1)  # two blocks of ten: all tiles, and the paste
     assert scale == bench.SAMPLE_EVERY == 5
 
 
@@ -211,8 +211,8 @@ def test_a_race_from_the_command_line_to_the_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert str(root) not in output.read_text()
     races = report.load([output])
-    assert set(races["16x16-forward-soft"]) == {"ours", "portable"}
-    assert len(races["16x16-forward-soft"]["ours"].entries[0].wall) == 2
+    assert set(races["contextual_attention, 16x16-forward-soft"]) == {"ours", "portable"}
+    assert len(races["contextual_attention, 16x16-forward-soft"]["ours"].entries[0].wall) == 2
     benchmarks = json.loads(output.read_text())["benchmarks"]
     assert {b["extra_info"]["figure"] for b in benchmarks} == {"seconds", "ratio to naive"}
 
@@ -250,6 +250,8 @@ def results(tmp_path: Path) -> Path:
         stored("big", "daa233 channels_last", [9.0, 9.0, 9.0]),
         stored("small", "ours", [0.002], keys=64, queries=64, size=16),
         stored("small", "naive", [0.001], keys=64, queries=64, size=16),
+        stored("other", "ours", [1.0], op="another op"),
+        stored("other", "naive", [0.001], op="another op"),
         {"extra_info": {"figure": "ratio to naive"}, "stats": {"data": [1.0]}},
         {"extra_info": {}, "stats": {"data": [1.0]}},
     ]
@@ -260,8 +262,10 @@ def results(tmp_path: Path) -> Path:
 
 def test_ratios_are_taken_within_rounds(results: Path) -> None:
     races = report.load([results])
-    assert races["big"]["naive"].times_slower_than(races["big"]["ours"]) == 4.0
-    assert races["big"]["daa233"].wall == 9.0
+    assert (
+        races["contextual_attention, big"]["naive"].times_slower_than(races["contextual_attention, big"]["ours"]) == 4.0
+    )
+    assert races["contextual_attention, big"]["daa233"].wall == 9.0
 
 
 def test_the_summary_has_the_row_where_we_lose(results: Path) -> None:
@@ -277,9 +281,9 @@ def test_a_newer_race_replaces_an_older_one(results: Path, tmp_path: Path) -> No
     newer = tmp_path / "newer.json"
     newer.write_text(json.dumps({"datetime": "2026-02-01", "benchmarks": [stored("big", "ours", [0.1])]}))
     races = report.load([newer, results])
-    assert list(races["big"]) == ["ours"]
-    assert races["big"]["ours"].wall == 0.1
-    assert set(races["small"]) == {"ours", "naive"}
+    assert list(races["contextual_attention, big"]) == ["ours"]
+    assert races["contextual_attention, big"]["ours"].wall == 0.1
+    assert set(races["contextual_attention, small"]) == {"ours", "naive"}
 
 
 def test_full_tables_show_every_provider(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

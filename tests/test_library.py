@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inpaint_kernels import _native
+from benches import report
+from inpaint_kernels import PRESETS, _native
 from tests.compare import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,31 +48,103 @@ def test_every_op_is_public_and_has_a_backend_table(op):
     assert hasattr(torch.ops.inpaint_kernels, op), f"there is no torch op inpaint_kernels::{op}"
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_info_explains_every_op(op):
+    from inpaint_kernels import info
+
+    assert op in info._EXAMPLES
+
+
+# ---- The README ------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_examples_run():
+    """Its Python blocks, one after the other in one namespace; some of them hold assertions."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(block, namespace)
+
+
+def test_readme_table_is_that_of_the_committed_results():
+    races = report.load(sorted(report.RESULTS.glob("*.json")))
+    table = report.summary(races) if races else ""
+    between = README.split(report.BEGIN)[1].split(report.END)[0].strip()
+    assert between == table, "write it with: python benches/report.py --update README.md"
+
+
+def test_readme_starts_with_picture_commands_table_and_platforms():
+    first_screen = "\n".join(README.splitlines()[:40])
+    for part in ("![", "```bash", report.BEGIN, report.END, "| platform |"):
+        assert part in first_screen, part
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).is_file(), link
+    assert (ROOT / "benches/results/demo.jpg").stat().st_size < 400_000
+
+
+def test_readme_lists_every_preset_as_it_is():
+    rows = {row.split("`")[1]: row for row in README.splitlines() if row.startswith("| `") and row.count("|") == 8}
+    assert list(rows) == list(PRESETS)
+    for name, preset in PRESETS.items():
+        divisor = f"{preset.divisor:g}" if preset.divisor else "overlap"
+        cells = (preset.norm, str(preset.fuse), preset.masking, preset.grid, f"{preset.paste_size} / {divisor}")
+        assert rows[name].endswith(f"| {' | '.join(cells)} |"), name
+
+
+def test_readme_lists_every_environment_variable():
+    listed = {name for row in README.splitlines() if row.startswith("| `") for name in re.findall(r"`([A-Z_]+)`", row)}
+    sources = [ROOT / "setup.py", *(path for _, path in source_files()), *(ROOT / "benches").rglob("*.py")]
+    used = {
+        name for path in sources for name in re.findall(r"environ\b[^\n]{0,5}[\"'](\w+)[\"']", path.read_text("utf-8"))
+    }
+    assert used <= listed, used - listed
+    assert {name for name in listed if name.startswith("INPAINT_")} <= used
+
+
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
 PUBLIC = "public names"
-COMMAND_LINE = {"__main__", "cli", "comparison", "images", "info", "masks", "panels"}
 FOUNDATION = {"_backends", "_checks", "_compile", "_native"}
 
-# Module or folder -> what it may import of the package. The command line may import everything.
+# Module or folder -> what it may import of the package.
 MAY_IMPORT = {
-    "__init__": {*FOUNDATION, "accelerate", "drop_in", "nn", "ops"},
+    "__init__": {*FOUNDATION, "flow_color", "ops"},
+    "__main__": {"cli"},
     "_backends": {"_compile", "_native"},
     "_checks": {"_compile"},
     "_compile": set(),
     "_native": set(),
-    "accelerate": {"recipes"},
-    "drop_in": {"_checks", "ops"},
-    "inpaint": {"_checks", "models", PUBLIC},
+    "cli": {"comparison", "images", "info", "inpaint", "masks", "panels", PUBLIC},
+    "comparison": {PUBLIC},
+    "flow_color": {"_checks"},
+    "images": set(),
+    "info": {"_backends", "_native"},
+    "inpaint": {"images", "masks", "models"},
+    "masks": set(),
     "models": {"_checks", "models", PUBLIC},
-    "nn": {"_checks", "ops"},
+    "nn": {"ops"},
     "ops": {*FOUNDATION, "ops", "portable", "reference", "triton_kernels"},
+    "panels": {"images", PUBLIC},
     "portable": {"portable"},
-    "recipes": {"nn", "ops"},
     "reference": {"reference"},
     "triton_kernels": {"triton_kernels"},
 }
-ONLY_TORCH = {*FOUNDATION, "portable", "reference"}
+
+# Module or folder -> the packages other than torch and Python's own that it may import; only the command line's modules
+# name more than numpy, the core's only requirement beside torch.
+THIRD_PARTY = {
+    "cli": {"numpy", "rich", "typer"},
+    "comparison": {"numpy", "rich"},
+    "images": {"PIL", "numpy"},
+    "info": {"rich"},
+    "inpaint": {"numpy"},
+    "masks": {"PIL", "numpy"},
+    "panels": {"PIL", "numpy"},
+    "triton_kernels": {"triton"},
+}
 
 
 def source_files() -> Iterator[tuple[str, Path]]:
@@ -107,27 +180,35 @@ def imported_layers(path: Path, *, top_level_only: bool = False) -> set[str]:
 def test_imports_keep_their_direction():
     wrong = []
     for layer, path in source_files():
-        if layer in COMMAND_LINE:
-            continue
         assert layer in MAY_IMPORT, f"{path.name}: say in MAY_IMPORT what this module may import"
         excess = imported_layers(path) - MAY_IMPORT[layer]
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(excess)]
     assert not wrong, wrong
 
 
-def test_core_needs_torch_and_numpy_only():
+def test_every_layer_needs_only_its_third_party_packages():
     wrong = []
     for layer, path in source_files():
-        allowed = {"inpaint_kernels", "torch"} | (set() if layer in ONLY_TORCH else {"numpy"})
-        if layer == "triton_kernels":
-            allowed |= {"triton"}
-        if layer in COMMAND_LINE:
-            continue
-        for name in imported_names(path, top_level_only=True):
-            package = name.partition(".")[0]
-            if package not in allowed and package not in sys.stdlib_module_names:
-                wrong.append(f"{path.relative_to(ROOT)} imports {package}")
+        allowed = {"inpaint_kernels", "torch", *THIRD_PARTY.get(layer, ()), *sys.stdlib_module_names}
+        packages = {name.partition(".")[0] for name in imported_names(path)}
+        wrong += [f"{path.relative_to(ROOT)} imports {package}" for package in sorted(packages - allowed)]
     assert not wrong, wrong
+
+
+def test_images_and_masks_do_without_torch():
+    for layer in ("images", "masks"):
+        packages = {name.partition(".")[0] for name in imported_names(PACKAGE / f"{layer}.py")}
+        assert not packages & {"inpaint_kernels", "torch"}, layer
+
+
+def test_imports_make_no_cycle():
+    graph = {
+        name: {"__init__" if target == PUBLIC else target for target in targets - {name}}
+        for name, targets in MAY_IMPORT.items()
+    }
+    while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    assert not graph, f"these layers import each other: {sorted(graph)}"
 
 
 def test_nothing_imports_tests_benches_or_the_checkouts_models_folder():

@@ -117,6 +117,7 @@ PRESETS: Final[dict[str, ContextualAttentionPreset]] = {
         "is the published formula, not its transposed reshape.",
         eps=1e-3,
         masking="fill",
+        odd_sizes=True,
     ),
     "pennet": ContextualAttentionPreset(
         "Table B, PEN-Net AtnConv: f = b = the deep map as it is, value = the map twice as large; no fuse; "

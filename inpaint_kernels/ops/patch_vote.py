@@ -16,7 +16,7 @@ from inpaint_kernels.reference import patch_vote as reference
 # Largest patch whose proposals the CPU kernel can hold.
 _MAX_PATCH = 31
 
-# 1. The public function ------------------------------------------------------------------------------------------------
+# 1. The public function -----------------------------------------------------------------------------------------------
 
 
 def patch_vote(
@@ -60,10 +60,10 @@ def patch_vote(
         Newson et al., Non-Local Patch-Based Image Inpainting, IPOL 2017 (weights relative to the distances at hand).
     """
     problem = _prepare(key, index, score, patch=patch, confidence=confidence, targets=targets, bandwidth=bandwidth)
-    return torch.ops.inpaint_kernels.patch_vote(*problem, BACKENDS.choose(problem, backend))  # type: ignore[no-any-return]
+    return torch.ops.inpaint_kernels.patch_vote(*problem, BACKENDS.choose(problem, backend))
 
 
-# 2. Checks -------------------------------------------------------------------------------------------------------------
+# 2. Checks ------------------------------------------------------------------------------------------------------------
 
 
 class _Problem(NamedTuple):
@@ -112,7 +112,7 @@ def _prepare(
     return _Problem(key.detach(), index, score.detach(), detached, targets, patch, float(bandwidth))
 
 
-# 3. Schema -------------------------------------------------------------------------------------------------------------
+# 3. Schema ------------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
@@ -121,7 +121,7 @@ _library.define(
 )
 
 
-# 4. Fake ---------------------------------------------------------------------------------------------------------------
+# 4. Fake --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("inpaint_kernels::patch_vote", lib=_library)
@@ -129,7 +129,7 @@ def _fake(key: Tensor, index: Tensor, *_: Any) -> Tensor:
     return key.new_empty(key.shape[0], key.shape[1], index.shape[1], index.shape[2])
 
 
-# 5. Backends -----------------------------------------------------------------------------------------------------------
+# 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
@@ -153,7 +153,7 @@ BACKENDS = OpBackends("patch_vote", _prepare, {"cpu": _cpu_reasons, "portable": 
 
 
 def _cpu(*args: Any) -> Tensor:
-    return torch.ops.inpaint_native.patch_vote(*args)  # type: ignore[no-any-return]
+    return torch.ops.inpaint_native.patch_vote(*args)
 
 
 _KERNELS = {"cpu": _cpu, "portable": portable.patch_vote, "reference": reference.patch_vote}

@@ -25,7 +25,7 @@ from inpaint_kernels.reference import patchmatch as reference
 # Longest row of a patch, patch * C, that the CPU kernel has registers and masks for.
 _MAX_PATCH_ROW = 256
 
-# 1. The public function ------------------------------------------------------------------------------------------------
+# 1. The public function -----------------------------------------------------------------------------------------------
 
 
 def patchmatch(
@@ -49,8 +49,9 @@ def patchmatch(
 
     One iteration offers each query the matches of its neighbours 8, 4, 2 and 1 pixels away, moved along with it
     (propagation), then random keys in squares around its best match, of half-side ``radius``, ``radius / 2``, ..., 1
-    (random search), and keeps what is strictly nearer. Each pass reads the field before it and random numbers are hashes
-    of (seed, sample, iteration, position): the result is the same for any number of threads. There is no gradient.
+    (random search), and keeps what is strictly nearer. Each pass reads the field before it, and random numbers are
+    hashes of (seed, sample, iteration, position): the result is the same for any number of threads. There is no
+    gradient.
 
     Deviation from the paper: it scans the image, each position seeing the matches just found (fast on one thread, but
     sequential); here propagation jumps instead (Rong and Tan's jump flooding), which is parallel.
@@ -58,21 +59,21 @@ def patchmatch(
     Args:
         query: [B, C, hq, wq] float32 or float64.
         key: [B, C, hk, wk], same dtype and device.
-        start: [B, hq, wq] int64, flat key positions v * wk + u to start from. Where it is no key that may be chosen, and
-            everywhere if it is None, the search starts from a random one.
+        start: [B, hq, wq] int64, flat key positions v * wk + u to start from. Where it is no key that may be chosen,
+            and everywhere if it is None, the search starts from a random one.
         patch: side of the patches, odd.
-        queries: positions that are wanted: a box (y0, x0, y1, x1), end exclusive, or a bool mask [hq, wq]. Only they are
-            computed, and only they propagate. None: all.
+        queries: positions that are wanted: a box (y0, x0, y1, x1), end exclusive, or a bool mask [hq, wq]. Only they
+            are computed, and only they propagate. None: all.
         valid: [B or 1, hk, wk] bool, the keys that may be chosen; None: all. Keys whose patch leaves the key map are
             never chosen.
         iterations: rounds of propagation and random search; 0 only scores the start.
-        radius: half-side of the first random square, at least 0 (no random search). None: the larger side of the key map.
+        radius: half-side of the first random square; 0: no random search. None: the larger side of the key map.
         seed: of the random numbers, in [0, 2^32).
         backend: "cpu", "portable" or "reference"; None: the first that can run (:func:`inpaint_kernels.explain`).
 
     Returns:
-        :class:`PatchMatches`: index [B, hq, wq] int64 and score = -distance [B, hq, wq] in the dtype of the inputs; -1 and
-        -inf where nothing was wanted or no key may be chosen.
+        :class:`PatchMatches`: index [B, hq, wq] int64 and score = -distance [B, hq, wq] in the dtype of the inputs; -1
+        and -inf where nothing was wanted or no key may be chosen. A patch with a NaN is nearer to none: score -inf.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, size, dtype, device or value; the message names it.
@@ -96,7 +97,7 @@ def patchmatch(
     return PatchMatches(*torch.ops.inpaint_kernels.patchmatch(*problem, BACKENDS.choose(problem, backend)))
 
 
-# 2. Checks -------------------------------------------------------------------------------------------------------------
+# 2. Checks ------------------------------------------------------------------------------------------------------------
 
 
 class _Problem(NamedTuple):
@@ -153,7 +154,7 @@ def _prepare(
     return _Problem(query.detach(), key.detach(), start, wanted, valid, patch, iterations, radius, seed)
 
 
-# 3. Schema -------------------------------------------------------------------------------------------------------------
+# 3. Schema ------------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
@@ -162,7 +163,7 @@ _library.define(
 )
 
 
-# 4. Fake ---------------------------------------------------------------------------------------------------------------
+# 4. Fake --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("inpaint_kernels::patchmatch", lib=_library)
@@ -171,7 +172,7 @@ def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape)
 
 
-# 5. Backends -----------------------------------------------------------------------------------------------------------
+# 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
@@ -196,7 +197,7 @@ BACKENDS = OpBackends("patchmatch", _prepare, {"cpu": _cpu_reasons, "portable": 
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.inpaint_native.patchmatch(*args)  # type: ignore[no-any-return]
+    return torch.ops.inpaint_native.patchmatch(*args)
 
 
 _KERNELS = {"cpu": _cpu, "portable": portable.patchmatch, "reference": reference.patchmatch}

@@ -38,7 +38,8 @@ def patchmatch(
         place[at] = torch.arange(len(at), device=query.device)
         neighbours = {jump: _neighbours(row, column, jump, place, queries.shape) for jump in _JUMPS}
         match = start[sample].flatten()[at]
-        distance = distances(row, column, match)
+        # A NaN would compare as nearer than everything.
+        distance = distances(row, column, match).nan_to_num(math.inf)
         sample_key = _mix(torch.tensor((seed + sample) & _WORD, device=query.device))
         for iteration in range(iterations):
             for jump in _JUMPS:
@@ -67,7 +68,7 @@ class _Distances:
         self.half = patch // 2
         frame = (self.half,) * 4
         self.query = F.pad(query, frame).permute(1, 2, 0).contiguous()
-        self.inside = F.pad(torch.ones_like(query[0]), frame)
+        self.inside = F.pad(torch.ones_like(query[0], dtype=torch.bool), frame)
         self.key = key.permute(1, 2, 0).contiguous()
 
     def __call__(self, row: Tensor, column: Tensor, match: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class _Distances:
             for dx in range(2 * self.half + 1):
                 at = corner + dy * query_width + dx
                 difference = query[at] - key[key_corner + dy * key_width + dx]
-                distance += inside[at] * difference.square().sum(1)
+                distance += torch.where(inside[at], difference.square().sum(1), 0.0)
         return distance
 
 

@@ -46,7 +46,8 @@ def patch_vote(
     mean_distance = distance.sum(1, keepdim=True) / proposed.sum(1, keepdim=True)
     exponent = _over(confidence[None], patch, 0.0) - distance / (2 * bandwidth * mean_distance).clamp_min(1e-8)
     weight = torch.softmax(exponent.masked_fill(~proposed, -math.inf), 1)
-    colours = torch.stack([one.flatten(1)[:, places] for one, places in zip(key, source, strict=True)])
+    sample = torch.arange(key.shape[0], device=key.device)[:, None, None, None]
+    colours = key.flatten(2).transpose(1, 2)[sample, source].movedim(4, 1)
     mean = (weight[:, None] * colours).sum(2)
     return torch.where((proposed.any(1) & targets)[:, None], mean, 0.0)
 

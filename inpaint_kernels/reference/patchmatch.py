@@ -33,17 +33,17 @@ def patch_distance(query: Tensor, key: Tensor, at: Tensor, match: Tensor, patch:
     """Sum of squared differences over the part of each patch that lies inside the query map.
 
     Args:
-        query, key: [C, hq, wq] and [C, hk, wk].
+        query: [C, hq, wq].
+        key: [C, hk, wk].
         at: [N] flat query positions.
         match: [N] flat key positions whose patches lie inside the key map.
         patch: side of the patches, odd.
     """
-    half = patch // 2
-    inside = F.pad(torch.ones_like(query[:1]), (half,) * 4)
-    windows = F.unfold(F.pad(query, (half,) * 4)[None], patch)[0]
-    weights = F.unfold(inside[None], patch)[0].repeat(query.shape[0], 1)
-    keys = F.unfold(F.pad(key, (half,) * 4)[None], patch)[0]
-    return (weights[:, at] * (windows[:, at] - keys[:, match]) ** 2).sum(0)
+    frame = (patch // 2,) * 4
+    inside = F.unfold(F.pad(torch.ones_like(query), frame)[None], patch)[0] > 0
+    windows = F.unfold(F.pad(query, frame)[None], patch)[0]
+    keys = F.unfold(F.pad(key, frame)[None], patch)[0]
+    return torch.where(inside[:, at], windows[:, at] - keys[:, match], 0.0).square().sum(0)
 
 
 def patchmatch(
@@ -60,7 +60,8 @@ def patchmatch(
     """Approximate nearest patches.
 
     Args:
-        query, key: [B, C, hq, wq] and [B, C, hk, wk], any floating dtype.
+        query: [B, C, hq, wq], any floating dtype.
+        key: [B, C, hk, wk].
         start: [B, hq, wq] int64, an eligible flat key position for every query; -1: the query is left out.
         queries: [hq, wq] bool, the positions that are wanted.
         eligible: [B, hk, wk] bool, keys that may be chosen; their patches lie inside the key map.
@@ -95,7 +96,8 @@ class _Field:
         self.at = wanted.flatten().nonzero()[:, 0]
         self.match = start.flatten().clone()
         self.distance = query.new_full(self.match.shape, math.inf)
-        self.distance[self.at] = patch_distance(query, key, self.at, self.match[self.at], patch)
+        # A NaN would compare as nearer than everything.
+        self.distance[self.at] = patch_distance(query, key, self.at, self.match[self.at], patch).nan_to_num(math.inf)
 
     def propagate(self, jump: int) -> None:
         """Offers every query the matches of four neighbours, moved along; all read the field before the pass."""
