@@ -27,8 +27,12 @@ using torch::stable::Tensor;
 // ---- Host checks -------------------------------------------------------------------------------------------------
 // User-facing errors are raised in Python, by name; these are the backstop that keeps a kernel inside its memory.
 
-inline void check_dense(const Tensor& tensor, const char* name, int64_t rank) {
+inline void check_rank(const Tensor& tensor, const char* name, int64_t rank) {
   STD_TORCH_CHECK(tensor.dim() == rank, name, ": expected ", rank, " dimensions, got ", tensor.dim());
+}
+
+inline void check_dense(const Tensor& tensor, const char* name, int64_t rank) {
+  check_rank(tensor, name, rank);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 

@@ -89,11 +89,11 @@ class AttentionStrip {
   GridSize keys() const { return keys_; }
 
   // Phase 1 and the softmax for the queries of `plan`.
-  void compute(const QueryPlan& plan, const T* query, const KeyPanels<T>& keys, const T* inverse_norm,
+  void compute(const QueryPlan& plan, const MapView<T>& query, const MapView<T>& key, const T* inverse_norm,
                const KeyLogits<T>& logits, const Semantics& semantics) {
     const int64_t width = keys_.width, gap = stride_ - width;
     std::fill_n(maximum_.get(), plan.scores.size(), -std::numeric_limits<T>::infinity());
-    ScoreSweep<T>(plan, query, keys, keys_, inverse_norm).run([&](int64_t v, int64_t i, const T* scores) {
+    ScoreSweep<T>(plan, query, key, inverse_norm).run([&](int64_t v, int64_t i, const T* scores) {
       T* to = row(i, v);
       const T largest = affine_max(to, scores, logits.factor.get() + v * width, logits.offset.get() + v * width, width);
       std::fill_n(to + width, gap, T(0));
@@ -203,14 +203,15 @@ struct CellPixels {
 template <class T>
 class CellPanels {
  public:
-  // cells: flat positions in a grid of `grid_width` columns, or all `count` of them where `list` is null.
-  CellPanels(const T* map, const CellPixels& pixels, int64_t grid_width, int64_t count, const int64_t* list = nullptr)
+  // cells: flat positions in a grid of `grid_width` columns, either listed or the `count` ones from `first` on.
+  CellPanels(const T* map, const CellPixels& pixels, int64_t grid_width, int64_t count, const int64_t* list,
+             int64_t first = 0)
       : panels_(ceil_div(pixels.columns(), kTileColumns<T>)), cells_(count), data_(panels_ * cells_ * kTileColumns<T>) {
     const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
     run_tasks(ceil_div(count, kCellsPerTask), kCellsPerTask * pixels.columns(), [&](int64_t, int64_t task) {
       const int64_t end = std::min(count, (task + 1) * kCellsPerTask);
       for (int64_t cell = task * kCellsPerTask; cell < end; ++cell) {
-        const int64_t position = list ? list[cell] : cell;
+        const int64_t position = list ? list[cell] : first + cell;
         for (int64_t phase = 0; phase < phases; ++phase) {
           const int64_t pixel = pixels.pixel(position / grid_width, position % grid_width, phase);
           for (int64_t c = 0, n = phase; c < pixels.channels; ++c, n += phases)

@@ -10,11 +10,11 @@ constexpr int64_t kRowsPerTask = 8;
 
 // energy[x] = sum_c key[c, x]^2 for one row of positions; channels are added in order, so the result is reproducible.
 template <class T>
-void row_energy(const T* key, T* energy, int64_t channels, int64_t channel_stride, int64_t width) {
-  std::fill_n(energy, width, T(0));
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* row = key + c * channel_stride;
-    for (int64_t x = 0; x < width; ++x) energy[x] += row[x] * row[x];
+void row_energy(const MapView<T>& key, int64_t y, T* energy) {
+  std::fill_n(energy, key.grid.width, T(0));
+  for (int64_t c = 0; c < key.channels; ++c) {
+    const T* row = key.at(c, y, 0);
+    for (int64_t x = 0; x < key.grid.width; ++x) energy[x] += row[x * key.column_stride] * row[x * key.column_stride];
   }
 }
 
@@ -32,13 +32,11 @@ void key_norm(const Tensor& key, const Tensor& energy, const Tensor& norm, int64
   const int64_t batch = key.size(0), channels = key.size(1), height = key.size(2), width = key.size(3);
   const int64_t positions = height * width;
   const T elements = static_cast<T>(channels * patch * patch);
-  const T* keys = key.const_data_ptr<T>();
   T* energies = energy.mutable_data_ptr<T>();
   T* norms = norm.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, batch * height, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* first = keys + row / height * channels * positions + row % height * width;
-      row_energy(first, energies + row * width, channels, positions, width);
+      row_energy(view_of<T>(key, row / height), row % height, energies + row * width);
     }
   });
   torch::stable::parallel_for(0, batch * height, kRowsPerTask, [&](int64_t begin, int64_t end) {
@@ -56,11 +54,11 @@ void key_norm(const Tensor& key, const Tensor& energy, const Tensor& norm, int64
 }  // namespace
 
 Tensor contextual_attention_key_norm(const Tensor& key, int64_t patch, const std::string& rule_name, double eps) {
-  check_dense(key, "key", 4);
+  check_rank(key, "key", 4);
   STD_TORCH_CHECK(patch >= 1, "patch: expected at least 1, got ", patch);
   const NormRule rule = parse_norm_rule(rule_name);
   Tensor norm = torch::stable::new_empty(key, {key.size(0), key.size(2), key.size(3)});
-  const Tensor energy = torch::stable::empty_like(norm);
+  const Tensor energy = torch::stable::new_empty(norm, {norm.size(0), norm.size(1), norm.size(2)});
   dispatch_float_double(key.scalar_type(), "key", [&](auto zero) {
     using scalar_t = decltype(zero);
     key_norm<scalar_t>(key, energy, norm, patch, rule, static_cast<scalar_t>(eps));

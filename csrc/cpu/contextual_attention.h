@@ -26,9 +26,13 @@ inline void stop_if_interrupted() {
   STD_TORCH_CHECK(!interrupted, "inpaint_kernels: interrupted");
 }
 
-// A strip's bytes: exp(logits) of as many queries as fit. At 2000x2000 this is 10 rows of queries; a whole 512x512
-// image (4,096 queries and keys) fits at once.
-constexpr int64_t kStripBytes = int64_t{640} << 20;
+// What one call may take in all, its output included, for strips and value cells. A strip holds exp(logits) of as many
+// queries as fit: 10 rows of them at 2000x2000; a whole 512x512 image (4,096 queries and keys) fits at once.
+constexpr int64_t kWorkspaceBytes = int64_t{880} << 20;
+constexpr int64_t kStripMinBytes = int64_t{160} << 20, kStripMaxBytes = int64_t{640} << 20;
+// Value cells are packed once where they fit into this, else band by band for every strip.
+constexpr int64_t kValueBytes = int64_t{160} << 20, kValueBandBytes = int64_t{64} << 20;
+
 // The backward holds three arrays of a strip's size (probabilities, their gradients and those of their diagonal sums):
 // as many rows of queries as keep the halo small, within these bounds.
 constexpr int64_t kBackwardStripRows = 8;
@@ -120,8 +124,8 @@ struct AttentionInputs {
         value_height(value.size(2)),
         value_width(value.size(3)),
         semantics(s) {
-    check_dense(query, "query", 4);
-    check_dense(key, "key", 4);
+    check_rank(query, "query", 4);
+    check_rank(key, "key", 4);
     check_dense(value, "value", 4);
     STD_TORCH_CHECK(s.patch <= kMaxPatch && s.fuse <= kMaxFuse, "patch, fuse: expected at most ", kMaxPatch);
   }

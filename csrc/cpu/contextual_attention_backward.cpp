@@ -126,14 +126,14 @@ struct Gradients {
 };
 
 template <class T>
-void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const T* query, const T* key, const T* value,
-                     NormRule rule, T eps, const T* norm, const KeyLogits<T>& logits, const bool* selected,
-                     const Gradients<T>& out) {
+void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const MapView<T>& query,
+                     const MapView<T>& key, const T* value, NormRule rule, T eps, const T* norm,
+                     const KeyLogits<T>& logits, const bool* selected, const Gradients<T>& out) {
   const Semantics& semantics = inputs.semantics;
-  const KeyPanels<T> keys(key, inputs.channels, inputs.keys);
   const std::vector<std::pair<int64_t, int64_t>> single{{0, 0}};
-  const CellPanels<T> key_columns(key, CellPixels{inputs.channels, inputs.keys.height, inputs.keys.width, 1, 0, single},
-                                  inputs.keys.width, inputs.keys.count());
+  const CellPanels<T> key_columns(key.data,
+                                  CellPixels{inputs.channels, inputs.keys.height, inputs.keys.width, 1, 0, single},
+                                  inputs.keys.width, inputs.keys.count(), nullptr);
   const Buffer<T> inverse_norm = reciprocals(norm, inputs.keys.count());
   const GridSize key_cells = cell_grid(inputs.keys, inputs.reach()), cells = cell_grid(inputs.queries, inputs.reach());
   const int64_t pixels = semantics.rate * semantics.rate * inputs.queries.count();
@@ -164,7 +164,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
   for (const StripCells& part : parts) {
     stop_if_interrupted();
     const QueryPlan plan(part.queries, inputs.queries, semantics.patch, semantics.fuse);
-    strip.compute(plan, query, keys, inverse_norm.get(), logits, semantics);
+    strip.compute(plan, query, key, inverse_norm.get(), logits, semantics);
     probability_gradients.clear(plan.scores.size());
     std::vector<uint8_t> wanted(cells.count(), 0);
     for (const int64_t cell : part.cells) wanted[cell] = 1;
@@ -178,9 +178,9 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
                                      probability_gradients);
       }
     }
-    if (semantics.floor >= 0) strip.compute(plan, query, keys, inverse_norm.get(), logits, unclamped);
+    if (semantics.floor >= 0) strip.compute(plan, query, key, inverse_norm.get(), logits, unclamped);
     softmax_backward(strip, plan.scores.size(), logits, semantics.floor, probability_gradients);
-    ScoreBackward<T>(plan, inputs, query, keys, key_columns, inverse_norm.get(), strip)
+    ScoreBackward<T>(plan, inputs, query, key, key_columns, inverse_norm.get(), strip)
         .run(out.query, dkey.get(), norm_sums.get());
   }
   for (size_t g = 0; g < groups.size(); ++g) values[g].scatter(inputs.value_pixels(groups[g]), key_cells, out.value);
@@ -188,7 +188,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
     for (int64_t q = 0; q < inputs.keys.count(); ++q)
       out.key[c * inputs.keys.count() + q] = dkey[q * key_columns.panels() * kTileColumns<T> + c];
   });
-  add_norm_gradient(inputs, rule, eps, key, norm, norm_sums.get(), out.key);
+  add_norm_gradient(inputs, rule, eps, key.data, norm, norm_sums.get(), out.key);
 }
 
 }  // namespace
@@ -203,6 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_backward(
       patch,   fuse,    scale,  parse_masking(masking), fill, floor.value_or(-1.0), rate, paste_size,
       pad_cut, pad_put, divisor};
   check_dense(gradient, "gradient", 4);
+  check_dense(query, "query", 4);
+  check_dense(key, "key", 4);
   Tensor dquery = torch::stable::new_zeros(query, shape_of(query));
   Tensor dkey = torch::stable::new_zeros(key, shape_of(key));
   Tensor dvalue = torch::stable::new_zeros(value, shape_of(value));
@@ -215,9 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_backward(
       const KeyLogits<T> logits(semantics, inputs.keys.count(), sample_of<bool>(valid, b), sample_of<T>(key_scale, b),
                                 sample_of<T>(key_bias, b));
       const auto plane = [b](const Tensor& x) { return b * x.size(1) * x.size(2) * x.size(3); };
-      attend_backward(inputs, gradient.const_data_ptr<T>() + plane(gradient), query.const_data_ptr<T>() + plane(query),
-                      key.const_data_ptr<T>() + plane(key), value.const_data_ptr<T>() + plane(value),
-                      parse_norm_rule(norm_rule), static_cast<T>(eps),
+      attend_backward(inputs, gradient.const_data_ptr<T>() + plane(gradient), view_of<T>(query, b), view_of<T>(key, b),
+                      value.const_data_ptr<T>() + plane(value), parse_norm_rule(norm_rule), static_cast<T>(eps),
                       norm.const_data_ptr<T>() + b * inputs.keys.count(), logits, wanted,
                       Gradients<T>{dquery.mutable_data_ptr<T>() + plane(query), dkey.mutable_data_ptr<T>() + plane(key),
                                    dvalue.mutable_data_ptr<T>() + plane(value)});

@@ -9,24 +9,42 @@ namespace {
 
 constexpr int64_t kAccumulatorBytes = 192 << 10;  // output cells of one task, resident in L2 beside the tiles
 
-// y[cells, columns] of one task and its scatter into the output.
+// Consecutive cell rows of the keys whose value cells are packed together.
+struct ValueBand {
+  int64_t top, rows;
+};
+
+std::vector<ValueBand> value_bands(GridSize key_cells, int64_t bytes_per_row) {
+  const int64_t limit = bytes_per_row * key_cells.height <= kValueBytes ? kValueBytes : kValueBandBytes;
+  const int64_t rows = std::clamp<int64_t>(limit / bytes_per_row, 1, key_cells.height);
+  std::vector<ValueBand> bands;
+  for (int64_t top = 0; top < key_cells.height; top += rows)
+    bands.push_back({top, std::min(rows, key_cells.height - top)});
+  return bands;
+}
+
+// The share of one phase group and one band of value cells in the output.
 template <class T>
 class CellPaste {
  public:
-  CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const CellPanels<T>& values,
+  CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const T* value, const ValueBand& band,
             const PixelWeights<T>& weights)
       : inputs_(inputs),
         group_(group),
-        values_(values),
+        band_(band),
         weights_(weights),
-        columns_(values.panels() * kTileColumns<T>),
+        key_cells_(cell_grid(inputs.keys, inputs.reach())),
+        values_(value, inputs.value_pixels(group), key_cells_.width, band.rows * key_cells_.width, nullptr,
+                band.top * key_cells_.width),
+        columns_(values_.panels() * kTileColumns<T>),
         groups_per_task_(std::clamp<int64_t>(kAccumulatorBytes / (columns_ * kTileRows * sizeof(T)), 1, 8)),
-        pieces_(key_pieces(cell_grid(inputs.keys, inputs.reach()))) {}
+        pieces_(key_pieces({band.rows, key_cells_.width})) {}
 
+  // Adds to the output pixels of the strip's cells.
   void paste(const AttentionStrip<T>& strip, const StripCells& part, T* output) const {
     const int64_t total = static_cast<int64_t>(part.cells.size()), per_task = groups_per_task_ * kTileRows;
     std::vector<Worker> workers(worker_count());
-    run_tasks(ceil_div(total, per_task), std::min(total, per_task) * inputs_.keys.count(),
+    run_tasks(ceil_div(total, per_task), std::min(total, per_task) * key_cells_.width * band_.rows,
               [&](int64_t w, int64_t task) {
                 Worker& worker = workers[w];
                 if (worker.tiles.empty()) {
@@ -48,18 +66,18 @@ class CellPaste {
   };
 
   void accumulate(Worker& worker, const int64_t* cells, int64_t count) const {
-    const int64_t groups = ceil_div(count, kTileRows), cell_width = inputs_.keys.width + inputs_.reach() - 1;
+    const int64_t groups = ceil_div(count, kTileRows);
     for (const KeyPiece& piece : pieces_) {
       bool any = false;
       std::vector<uint8_t> active(groups);
       for (int64_t g = 0; g < groups; ++g) {
         active[g] = worker.tiles[g].build(cells + g * kTileRows, std::min<int64_t>(kTileRows, count - g * kTileRows),
-                                          group_, piece.top, piece.left, piece.width, piece.length);
+                                          group_, band_.top + piece.top, piece.left, piece.width, piece.length);
         any |= active[g];
       }
       if (!any) continue;
       for (int64_t j = 0; j < values_.panels(); ++j) {
-        const T* panel = values_.panel(j) + piece.first_cell(cell_width) * kTileColumns<T>;
+        const T* panel = values_.panel(j) + piece.first_cell(key_cells_.width) * kTileColumns<T>;
         for (int64_t g = 0; g < groups; ++g) {
           if (!active[g]) continue;
           const DiagonalTile<T>& tile = worker.tiles[g];
@@ -81,15 +99,17 @@ class CellPaste {
         if (pixel < 0) continue;
         const T weight = weights_(pixel);
         if (weight == 0) continue;
-        for (int64_t c = 0; c < pixels.channels; ++c) output[c * plane + pixel] = weight * sums[c * phases + phase];
+        for (int64_t c = 0; c < pixels.channels; ++c) output[c * plane + pixel] += weight * sums[c * phases + phase];
       }
     }
   }
 
   const AttentionInputs<T>& inputs_;
   const PhaseGroup& group_;
-  const CellPanels<T>& values_;
+  ValueBand band_;
   const PixelWeights<T>& weights_;
+  GridSize key_cells_;
+  CellPanels<T> values_;
   int64_t columns_, groups_per_task_;
   std::vector<KeyPiece> pieces_;
 };
@@ -114,31 +134,34 @@ struct ForwardOutputs {
 };
 
 template <class T>
-void attend(const AttentionInputs<T>& inputs, const T* query, const T* key, const T* value, const T* norm,
-            const KeyLogits<T>& logits, const bool* selected, const ForwardOutputs<T>& out) {
+void attend(const AttentionInputs<T>& inputs, const MapView<T>& query, const MapView<T>& key, const T* value,
+            const T* norm, const KeyLogits<T>& logits, const bool* selected, const ForwardOutputs<T>& out) {
   const Semantics& semantics = inputs.semantics;
-  const KeyPanels<T> keys(key, inputs.channels, inputs.keys);
   const Buffer<T> inverse_norm = reciprocals(norm, inputs.keys.count());
   const GridSize key_cells = cell_grid(inputs.keys, inputs.reach());
   const std::vector<PhaseGroup> groups = phase_groups(semantics);
   const PixelWeights<T> weights(inputs.queries, semantics, selected);
-  std::vector<CellPanels<T>> values;
-  std::vector<CellPaste<T>> pastes;
-  values.reserve(groups.size());
-  for (const PhaseGroup& group : groups) {
-    values.emplace_back(value, inputs.value_pixels(group), key_cells.width, key_cells.count());
-    pastes.emplace_back(inputs, group, values.back(), weights);
-  }
+  const int64_t pixel_bytes = semantics.rate * semantics.rate * inputs.value_channels * static_cast<int64_t>(sizeof(T));
+  const std::vector<ValueBand> bands = value_bands(key_cells, key_cells.width * pixel_bytes);
+  std::vector<CellPaste<T>> kept;
+  const auto for_each_paste = [&](const auto& visit) {
+    for (const PhaseGroup& group : groups)
+      for (const ValueBand& band : bands) visit(CellPaste<T>(inputs, group, value, band, weights));
+  };
+  if (bands.size() == 1) for_each_paste([&](CellPaste<T>&& paste) { kept.push_back(std::move(paste)); });
+  const int64_t other_bytes = pixel_bytes * (inputs.queries.count() + bands[0].rows * key_cells.width);
+  const int64_t strip_bytes = std::clamp(kWorkspaceBytes - other_bytes, kStripMinBytes, kStripMaxBytes);
   const std::vector<StripCells> parts = cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries,
-                                                   inputs.reach(), inputs.capacity(kStripBytes));
+                                                   inputs.reach(), inputs.capacity(strip_bytes));
   int64_t capacity = 0;
   for (const StripCells& part : parts) capacity = std::max(capacity, part.queries.size());
   AttentionStrip<T> strip(capacity, inputs.keys, inputs.reach());
   for (const StripCells& part : parts) {
     stop_if_interrupted();
-    strip.compute(QueryPlan(part.queries, inputs.queries, semantics.patch, semantics.fuse), query, keys,
+    strip.compute(QueryPlan(part.queries, inputs.queries, semantics.patch, semantics.fuse), query, key,
                   inverse_norm.get(), logits, semantics);
-    for (const CellPaste<T>& paste : pastes) paste.paste(strip, part, out.output);
+    for (const CellPaste<T>& paste : kept) paste.paste(strip, part, out.output);
+    if (kept.empty()) for_each_paste([&](const CellPaste<T>& paste) { paste.paste(strip, part, out.output); });
     if (out.index) write_matches(strip, part.queries, selected, out.index, out.maximum);
   }
 }
@@ -169,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_forward(
       const KeyLogits<T> logits(semantics, inputs.keys.count(), sample_of<bool>(valid, b), sample_of<T>(key_scale, b),
                                 sample_of<T>(key_bias, b));
       const int64_t matches = inputs.queries.count() * b;
-      attend(inputs, query.const_data_ptr<T>() + b * inputs.channels * inputs.queries.count(),
-             key.const_data_ptr<T>() + b * inputs.channels * inputs.keys.count(),
+      attend(inputs, view_of<T>(query, b), view_of<T>(key, b),
              value.const_data_ptr<T>() + b * inputs.value_channels * inputs.value_height * inputs.value_width,
              norm.const_data_ptr<T>() + b * inputs.keys.count(), logits, wanted,
              ForwardOutputs<T>{output.mutable_data_ptr<T>() + b * output.size(1) * output.size(2) * output.size(3),

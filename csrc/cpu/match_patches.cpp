@@ -38,13 +38,13 @@ struct KeyScores {
 };
 
 template <class T>
-void match(const T* query, const KeyPanels<T>& keys, GridSize query_grid, GridSize key_grid, const KeyScores<T>& scores,
+void match(const MapView<T>& query, const MapView<T>& key, const KeyScores<T>& scores,
            const std::vector<PositionList>& lists, int64_t patch, int64_t* index, T* best) {
-  const int64_t width = key_grid.width;
+  const int64_t width = key.grid.width;
   for (const PositionList& list : lists) {
-    const QueryPlan plan(list, query_grid, patch, 0);
+    const QueryPlan plan(list, query.grid, patch, 0);
     std::vector<T> row_scores(list.size() * width);
-    ScoreSweep<T>(plan, query, keys, key_grid, nullptr).run([&](int64_t v, int64_t i, const T* correlations) {
+    ScoreSweep<T>(plan, query, key, nullptr).run([&](int64_t v, int64_t i, const T* correlations) {
       const int64_t p = list[i];
       T* row = row_scores.data() + i * width;
       const T largest =
@@ -61,8 +61,8 @@ void match(const T* query, const KeyPanels<T>& keys, GridSize query_grid, GridSi
 std::tuple<Tensor, Tensor> match_patches(const Tensor& query, const Tensor& key, const std::optional<Tensor>& valid,
                                          const std::optional<Tensor>& key_scale, const std::optional<Tensor>& key_bias,
                                          const std::optional<Tensor>& selected, int64_t patch) {
-  check_dense(query, "query", 4);
-  check_dense(key, "key", 4);
+  check_rank(query, "query", 4);
+  check_rank(key, "key", 4);
   STD_TORCH_CHECK(patch >= 1 && patch <= kMaxPatch, "patch: expected 1 to ", kMaxPatch, ", got ", patch);
   const GridSize query_grid{query.size(2), query.size(3)}, key_grid{key.size(2), key.size(3)};
   const std::vector<int64_t> shape{query.size(0), query_grid.height, query_grid.width};
@@ -72,13 +72,11 @@ std::tuple<Tensor, Tensor> match_patches(const Tensor& query, const Tensor& key,
   const std::vector<PositionList> lists = cut_queries(wanted, query_grid.count());
   dispatch_float_double(query.scalar_type(), "query", [&](auto zero) {
     using T = decltype(zero);
-    const int64_t channels = query.size(1);
     for (int64_t b = 0; b < query.size(0); ++b) {
-      const KeyPanels<T> keys(key.const_data_ptr<T>() + b * channels * key_grid.count(), channels, key_grid);
       const KeyScores<T> scores(key_grid.count(), sample_of<bool>(valid, b), sample_of<T>(key_scale, b),
                                 sample_of<T>(key_bias, b));
-      match(query.const_data_ptr<T>() + b * channels * query_grid.count(), keys, query_grid, key_grid, scores, lists,
-            patch, index.mutable_data_ptr<int64_t>() + b * query_grid.count(),
+      match(view_of<T>(query, b), view_of<T>(key, b), scores, lists, patch,
+            index.mutable_data_ptr<int64_t>() + b * query_grid.count(),
             score.mutable_data_ptr<T>() + b * query_grid.count());
     }
   });

@@ -41,12 +41,12 @@ inline std::vector<int32_t> iota(int64_t count) {
 // One phase group's share of a call: the value cells, and the gradient of the value cells.
 template <class T>
 struct ValueCells {
-  KeyPanels<T> by_cell;  // [cell rows][cells of a row]: inner index columns
+  RowPanels<T> by_cell;  // [cell rows][cells of a row]: inner index columns
   int64_t stride;        // columns, rounded up to whole panels
   Buffer<T> gradient;    // [cells][stride]
 
   ValueCells(const T* value, const CellPixels& pixels, GridSize cells)
-      : by_cell(planes(value, pixels, cells).get(), pixels.columns(), cells),
+      : by_cell(packed(value, pixels, cells)),
         stride(round_up(pixels.columns(), kTileColumns<T>)),
         gradient(cells.count() * stride, true) {}
 
@@ -66,17 +66,18 @@ struct ValueCells {
   }
 
  private:
-  // Value cells as a map of [columns, cell rows, cells of a row].
-  static Buffer<T> planes(const T* value, const CellPixels& pixels, GridSize cells) {
+  static RowPanels<T> packed(const T* value, const CellPixels& pixels, GridSize cells) {
     const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
-    Buffer<T> result(pixels.columns() * cells.count());
+    const Buffer<T> map(pixels.columns() * cells.count());  // [columns, cell rows, cells of a row]
     run_tasks(pixels.columns(), cells.count(), [&](int64_t, int64_t n) {
       for (int64_t cell = 0; cell < cells.count(); ++cell) {
         const int64_t pixel = pixels.pixel(cell / cells.width, cell % cells.width, n % phases);
-        result[n * cells.count() + cell] = pixel < 0 ? T(0) : value[n / phases * plane + pixel];
+        map[n * cells.count() + cell] = pixel < 0 ? T(0) : value[n / phases * plane + pixel];
       }
     });
-    return result;
+    RowPanels<T> panels({map.get(), pixels.columns(), cells, cells.count(), cells.width, 1}, cells.height);
+    run_tasks(cells.height, cells.width * pixels.columns(), [&](int64_t, int64_t y) { panels.pack(y); });
+    return panels;
   }
 };
 

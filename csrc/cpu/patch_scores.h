@@ -65,32 +65,60 @@ const T* sample_of(const std::optional<Tensor>& tensor, int64_t sample) {
   return static_cast<const T*>(tensor->data_ptr()) + (tensor->size(0) > 1 ? sample * size : 0);
 }
 
-// ---- Keys --------------------------------------------------------------------------------------------------------
+// ---- Maps --------------------------------------------------------------------------------------------------------
 
-// Key features [C, hk, wk] as panels for multiply_tile: [hk][panels][C][kTileColumns], zero beyond the last column.
+// A [C, H, W] map of any strides.
 template <class T>
-class KeyPanels {
- public:
-  KeyPanels(const T* key, int64_t channels, GridSize grid)
-      : channels_(channels), panels_(ceil_div(grid.width, kTileColumns<T>)), data_(grid.height * row_size(), true) {
-    run_tasks(grid.height, grid.width * channels, [&](int64_t, int64_t v) {
-      for (int64_t j = 0; j < panels_; ++j) {
-        const int64_t first = j * kTileColumns<T>, count = std::min<int64_t>(kTileColumns<T>, grid.width - first);
-        for (int64_t c = 0; c < channels; ++c)
-          std::copy_n(key + c * grid.count() + v * grid.width + first, count,
-                      data_.get() + v * row_size() + (j * channels + c) * kTileColumns<T>);
-      }
-    });
+struct MapView {
+  const T* data;
+  int64_t channels;
+  GridSize grid;
+  int64_t channel_stride, row_stride, column_stride;
+
+  const T* at(int64_t channel, int64_t y, int64_t x) const {
+    return data + channel * channel_stride + y * row_stride + x * column_stride;
   }
-  int64_t channels() const { return channels_; }
+};
+
+template <class T>
+MapView<T> view_of(const Tensor& map, int64_t sample) {
+  return {map.const_data_ptr<T>() + sample * map.stride(0),
+          map.size(1),
+          {map.size(2), map.size(3)},
+          map.stride(1),
+          map.stride(2),
+          map.stride(3)};
+}
+
+// Rows of a map as panels for multiply_tile: [kept rows][panels][C][kTileColumns], zero beyond the last column.
+template <class T>
+class RowPanels {
+ public:
+  RowPanels(const MapView<T>& map, int64_t kept_rows)
+      : map_(map),
+        panels_(ceil_div(map.grid.width, kTileColumns<T>)),
+        kept_(kept_rows),
+        data_(kept_ * row_size(), true) {}
+  int64_t channels() const { return map_.channels; }
   int64_t panels() const { return panels_; }
-  const T* panel(int64_t key_row, int64_t j) const {
-    return data_.get() + key_row * row_size() + j * channels_ * kTileColumns<T>;
+  const T* panel(int64_t y, int64_t j) const {
+    return data_.get() + y % kept_ * row_size() + j * channels() * kTileColumns<T>;
+  }
+
+  // Gathers row y; it replaces row y - kept_rows.
+  void pack(int64_t y) const {
+    for (int64_t j = 0; j < panels_; ++j) {
+      const int64_t first = j * kTileColumns<T>, count = std::min<int64_t>(kTileColumns<T>, map_.grid.width - first);
+      T* to = data_.get() + y % kept_ * row_size() + j * channels() * kTileColumns<T>;
+      for (int64_t c = 0; c < channels(); ++c, to += kTileColumns<T>)
+        for (int64_t x = 0; x < count; ++x) to[x] = *map_.at(c, y, first + x);
+    }
   }
 
  private:
-  int64_t row_size() const { return panels_ * channels_ * kTileColumns<T>; }
-  int64_t channels_, panels_;
+  int64_t row_size() const { return panels_ * channels() * kTileColumns<T>; }
+  MapView<T> map_;
+  int64_t panels_, kept_;
   Buffer<T> data_;
 };
 
@@ -197,10 +225,10 @@ inline Blocks patch_blocks(const QueryPlan& plan) {
 }
 
 template <class T>
-CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int64_t end, const T* query,
-                                      int64_t channels) {
+CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int64_t end, const MapView<T>& query) {
   CorrelationBlock<T> block;
   const GridSize grid = plan.grid;
+  const int64_t channels = query.channels;
   const auto beside = [&](int64_t p, int dx) -> int64_t {
     const int64_t x = p % grid.width + dx;
     return x >= 0 && x < grid.width ? p + dx : kNowhere;
@@ -222,10 +250,10 @@ CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int6
   block.groups = ceil_div(count, kTileRows);
   block.tiles = Buffer<T>(block.groups * chunks * kTileSize<T>, true);
   for (int64_t c = 0; c < channels; ++c) {
-    const T* plane = query + c * grid.count();
     T* column = block.tiles.get() + c / kTileInner * kTileSize<T> + c % kTileInner;
     for (int64_t i = 0; i < count; ++i)
-      column[(i / kTileRows) * chunks * kTileSize<T> + i % kTileRows * kTileStride] = plane[needed[i]];
+      column[(i / kTileRows) * chunks * kTileSize<T> + i % kTileRows * kTileStride] =
+          *query.at(c, needed[i] / grid.width, needed[i] % grid.width);
   }
   return block;
 }
@@ -256,23 +284,24 @@ class SlabRing {
 template <class T>
 class ScoreSweep {
  public:
-  // query [C, hq, wq]; inverse_norm [hk, wk] or null for 1.
-  ScoreSweep(const QueryPlan& plan, const T* query, const KeyPanels<T>& keys, GridSize key_grid, const T* inverse_norm)
+  // inverse_norm [hk, wk] or null for 1.
+  ScoreSweep(const QueryPlan& plan, const MapView<T>& query, const MapView<T>& key, const T* inverse_norm)
       : plan_(plan),
-        keys_(keys),
-        grid_(key_grid),
+        keys_(key, 2),
+        grid_(key.grid),
         inverse_norm_(inverse_norm),
         patch_blocks_(patch_blocks(plan)),
         column_blocks_{kRowsPerBlock, plan.columns.size()},
         score_blocks_{kRowsPerBlock, plan.scores.size()},
-        inner_(std::min<int64_t>(kTileInner, keys.channels())),
+        inner_(std::min<int64_t>(kTileInner, key.channels)),
         workers_(worker_count()) {
     blocks_.resize(patch_blocks_.count());
-    run_tasks(patch_blocks_.count(), kRowsPerBlock * keys.channels(), [&](int64_t, int64_t b) {
-      blocks_[b] = correlation_block(plan_, patch_blocks_.begin(b), patch_blocks_.end(b), query, keys.channels());
+    run_tasks(patch_blocks_.count(), kRowsPerBlock * key.channels, [&](int64_t, int64_t b) {
+      blocks_[b] = correlation_block(plan_, patch_blocks_.begin(b), patch_blocks_.end(b), query);
     });
     for (int64_t k = 0; k < static_cast<int64_t>(inner_.size()); ++k) inner_[k] = static_cast<int32_t>(k);
     allocate();
+    if (grid_.height > 0) keys_.pack(0);
   }
 
   template <class Emit>
@@ -284,7 +313,7 @@ class ScoreSweep {
   // whose terms the phases before have finished: correlations of key row t, S0 and T of `summed(t)`, S of `fused(t)`. T
   // is complete one phase after it was summed, because its last keys take terms from the next key row.
   int64_t phases() const { return grid_.height + emit_lag() + std::min<int64_t>(plan_.half, grid_.height); }
-  int64_t tasks() const { return std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()}); }
+  int64_t tasks() const { return 1 + blocks(); }
   int64_t work() const {
     return grid_.width * keys_.channels() * std::min<int64_t>(kRowsPerBlock, plan_.patches.size());
   }
@@ -292,6 +321,10 @@ class ScoreSweep {
 
   template <class Emit>
   void step(int64_t worker, int64_t t, int64_t b, const Emit& emit) {
+    if (b == blocks()) {
+      if (t + 1 < grid_.height) keys_.pack(t + 1);
+      return;
+    }
     if (t < grid_.height && b < patch_blocks_.count()) correlate(worker, b, t);
     if (summed(t) >= 0 && summed(t) < grid_.height && b < column_blocks_.count()) {
       if (plan_.half)
@@ -303,6 +336,7 @@ class ScoreSweep {
   }
 
  private:
+  int64_t blocks() const { return std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()}); }
   int64_t sum_lag() const { return plan_.after + 1; }
   int64_t emit_lag() const { return plan_.half ? sum_lag() + plan_.half + 2 : sum_lag(); }
   // The key row whose S is emitted in phase t: the first `half` ones, which need the last key rows, come at the end.
@@ -440,7 +474,7 @@ class ScoreSweep {
   }
 
   const QueryPlan& plan_;
-  const KeyPanels<T>& keys_;
+  RowPanels<T> keys_;  // of the key row that is correlated and of the next
   GridSize grid_;
   const T* inverse_norm_;
   Blocks patch_blocks_, column_blocks_, score_blocks_;

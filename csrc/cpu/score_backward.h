@@ -36,18 +36,19 @@ bool sum_present(T* to, const T* const* sources, int count, int64_t width) {
 template <class T>
 class ScoreBackward {
  public:
-  ScoreBackward(const QueryPlan& plan, const AttentionInputs<T>& inputs, const T* query, const KeyPanels<T>& keys,
+  ScoreBackward(const QueryPlan& plan, const AttentionInputs<T>& inputs, const MapView<T>& query, const MapView<T>& key,
                 const CellPanels<T>& key_columns, const T* inverse_norm, const AttentionStrip<T>& score_gradients)
       : plan_(plan),
         inputs_(inputs),
-        keys_(keys),
+        query_(query),
+        key_(key),
         key_columns_(key_columns),
         inverse_norm_(inverse_norm),
         score_gradients_(score_gradients),
         row_plan_(plan.rows, inputs.queries, inputs.semantics.patch, 0),
         width_(inputs.keys.width),
         sources_(pixel_list(row_plan_)),
-        query_columns_(query, pixels_of(inputs.channels, inputs.queries), inputs.queries.width, sources_.size(),
+        query_columns_(query.data, pixels_of(inputs.channels, inputs.queries), inputs.queries.width, sources_.size(),
                        sources_.data()),
         column_gradients_(4, plan.columns.size(), width_, std::max(1, plan.half)),
         row_gradients_(plan.before + plan.after + 2, plan.rows.size(), width_, 1),
@@ -55,8 +56,7 @@ class ScoreBackward {
         correlation_gradients_(2, sources_.size() + kTileRows, round_up(width_, kTileColumns<T>), 0),
         query_gradient_(sources_.size() * query_columns_.panels() * kTileColumns<T>, true),
         blocks_{kRowsPerBlock, plan.rows.size()},
-        norm_terms_(blocks_.count() * inputs.keys.count(), true),
-        query_(query) {
+        norm_terms_(blocks_.count() * inputs.keys.count(), true) {
     const PositionList pixels = PositionList(marks(sources_, inputs.queries.count()));
     const auto column = [&](int64_t p, int e) {
       return column_neighbour(p, e, inputs_.queries.height, inputs_.queries.width);
@@ -79,7 +79,7 @@ class ScoreBackward {
 
   // Adds to dquery [C, hq, wq], dkey [keys][channels rounded up] and norm_sums [hk, wk] (sum over p of dS0 S0).
   void run(T* dquery, T* dkey, T* norm_sums) {
-    ScoreSweep<T> sweep(row_plan_, query_, keys_, inputs_.keys, inverse_norm_);
+    ScoreSweep<T> sweep(row_plan_, query_, key_, inverse_norm_);
     const auto emit = [&](int64_t v, int64_t i, const T* scores) { fuse_rows(v, i, scores); };
     const int64_t height = inputs_.keys.height, before = plan_.before;
     const Blocks columns{kRowsPerBlock, plan_.columns.size()}, patches{kRowsPerBlock, row_plan_.patches.size()};
@@ -262,7 +262,7 @@ class ScoreBackward {
 
   const QueryPlan& plan_;
   const AttentionInputs<T>& inputs_;
-  const KeyPanels<T>& keys_;
+  MapView<T> query_, key_;
   const CellPanels<T>& key_columns_;
   const T* inverse_norm_;
   const AttentionStrip<T>& score_gradients_;
@@ -274,7 +274,6 @@ class ScoreBackward {
   Buffer<T> query_gradient_;
   Blocks blocks_;
   Buffer<T> norm_terms_;  // [blocks of plan.rows][keys], added up in a fixed order
-  const T* query_;
   std::vector<std::vector<int32_t>> column_terms_, row_terms_, patch_terms_, pixel_terms_;
   std::vector<Buffer<T>> tiles_;  // per worker
 };
