@@ -11,6 +11,8 @@
 // ring.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -31,15 +33,26 @@ constexpr int kMaxPatch = 63, kMaxFuse = 63;  // sources of one diagonal sum
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
+// Large buffers ask for huge pages: a strip of 68 MB is otherwise 17,000 page faults (measured: a fifth of a forward).
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+inline void* allocate(int64_t bytes) {
+  const bool large = bytes >= 2 * kHugePage;
+  const int64_t alignment = large ? kHugePage : kAlignment;
+  void* memory = std::aligned_alloc(alignment, round_up(std::max<int64_t>(bytes, 1), alignment));
+  STD_TORCH_CHECK(memory != nullptr, "inpaint_kernels: out of memory, ", bytes, " bytes were needed");
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(memory, round_up(bytes, alignment), MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 // Memory that is not initialised, or zeroed on request; for trivially constructible types.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size, bool zeroed = false)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(kAlignment, round_up(std::max<int64_t>(size, 1) * sizeof(T), kAlignment)))) {
-    STD_TORCH_CHECK(data_ != nullptr, "inpaint_kernels: out of memory, ", size * sizeof(T), " bytes were needed");
+  explicit Buffer(int64_t size, bool zeroed = false) : data_(static_cast<T*>(allocate(size * sizeof(T)))) {
     if (zeroed) std::memset(data_.get(), 0, size * sizeof(T));
   }
   T* get() const { return data_.get(); }
