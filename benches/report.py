@@ -160,8 +160,8 @@ def _summary_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     memory = " / ".join(_mebibytes(contender.peak_mib) for contender in (*rivals, ours))
     return (
         _title(_facts(contenders)),
-        "does not fit" if naive is None else _seconds(naive.wall),
-        "does not fit" if port is None and naive is None else "not run" if port is None else _seconds(port.wall),
+        "not run" if naive is None else _seconds(naive.wall),
+        "not run" if port is None and naive is None else "not run" if port is None else _seconds(port.wall),
         f"**{_seconds(ours.wall)}**",
         " / ".join(speed_ups) or "-",
         memory,

@@ -25,6 +25,8 @@ Report = Callable[[float, str], None]
 _CONVERGED = 4e-4
 # A level needs this many known patches to be worth starting at.
 _ENOUGH_PATCHES = 64
+# Comparisons of patches in one exhaustive round, about a second; a photo with more of them begins at a coarser level.
+_EXHAUSTIVE_BUDGET = 2e8
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Tunables:
     """What can be changed about the synthesis.
 
     Attributes:
-        coarsest: longer side in pixels at which synthesis begins, roughly (sides are halved from level to level).
+        coarsest: longer side in pixels at which synthesis may begin, roughly (sides are halved from level to level).
+        coarsest_hole: thickness of the hole in pixels at which synthesis begins, roughly, or at a coarser level if
+            ``coarsest`` asks for it. Structures that end at the hole connect across a few patches, not across many.
         patch: side of the patches, odd.
         texture: weight of the texture features beside colour; larger is sharper, up to noisy.
         bandwidth: how fast a proposal loses weight with its patch's distance, relative to the mean distance of the
@@ -45,9 +49,10 @@ class Tunables:
         search: PatchMatch iterations in each round.
     """
 
-    coarsest: int = 128
+    coarsest: int = 256
+    coarsest_hole: int = 32
     patch: int = 9
-    texture: float = 3.0
+    texture: float = 4.0
     bandwidth: float = 1.0
     gamma: float = 1.3
     coarsest_rounds: int = 12
@@ -57,7 +62,15 @@ class Tunables:
     search: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("coarsest", "coarsest_rounds", "exhaustive_rounds", "rounds", "finest_rounds", "search"):
+        for name in (
+            "coarsest",
+            "coarsest_hole",
+            "coarsest_rounds",
+            "exhaustive_rounds",
+            "rounds",
+            "finest_rounds",
+            "search",
+        ):
             check_range(name, getattr(self, name), minimum=1, integer=True)
         check_range("patch", self.patch, minimum=3, integer=True)
         if self.patch % 2 == 0:
@@ -173,7 +186,7 @@ def _mean_change(level: Level, before: Tensor, after: Tensor) -> float:
 
 def build_levels(image: Tensor, hole: Tensor, tunables: Tunables) -> list[Level]:
     """The levels, coarsest first; none if no patch of the photo is known entirely."""
-    halvings = max(0, round(math.log2(max(hole.shape) / tunables.coarsest)))
+    halvings = _halvings(hole, tunables)
     known = (~hole).float()
     texture, texture_known = _absolute_gradients(image, known)
     levels: list[Level] = []
@@ -188,6 +201,16 @@ def build_levels(image: Tensor, hole: Tensor, tunables: Tunables) -> list[Level]
             break
         levels.insert(0, level)
     return levels
+
+
+def _halvings(hole: Tensor, tunables: Tunables) -> int:
+    """How often the photo is halved before synthesis begins."""
+    thickness = 2 * float(city_block_distance(hole).max())
+    by_size = round(math.log2(max(thickness / tunables.coarsest_hole, max(hole.shape) / tunables.coarsest)))
+    # Halving once leaves a 16th of the comparisons.
+    comparisons = float(dilate(hole, tunables.patch).sum()) * hole.numel()
+    by_cost = math.ceil(math.log(comparisons / _EXHAUSTIVE_BUDGET, 16))
+    return max(0, by_size, by_cost)
 
 
 def _level(features: Tensor, colours: int, hole: Tensor, tunables: Tunables) -> Level:

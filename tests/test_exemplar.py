@@ -15,6 +15,7 @@ from inpaint_kernels.models.patch_synthesis import Tunables, city_block_distance
 from torch import Tensor
 
 Box = tuple[int, int, int, int]
+QUICK = {"coarsest": 64, "coarsest_rounds": 2, "rounds": 1, "finest_rounds": 1}
 
 
 def photo(name: str) -> Tensor:
@@ -69,7 +70,7 @@ def telea(image: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(filled.astype(np.float32) / 255).permute(2, 0, 1)
 
 
-# Quality ---------------------------------------------------------------------------------------------------------------
+# Quality --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,14 +97,15 @@ def test_brush_strokes(name, gain):
     assert psnr(output, truth, mask) > psnr(telea(truth, mask), truth, mask) + gain
 
 
-def test_a_cut_structure_is_connected_again():
+@pytest.mark.parametrize("box", [(375, 310, 70, 80), (365, 300, 60, 60), (390, 310, 60, 70)])
+def test_a_cut_structure_is_connected_again(box):
     truth = photo("camera")
-    mask = rectangle((512, 512), (375, 310, 70, 80))  # the tripod's right leg, on grass
+    mask = rectangle((512, 512), box)  # a leg of the tripod, on grass
     output = fill(truth, mask).output
     leg = mask & (truth[0] > 0.85)
     assert int(leg.sum()) > 100
-    assert float(output[0][leg].mean()) > 0.75
-    assert float(telea(truth, mask)[0][leg].mean()) < 0.6
+    assert float(output[0][leg].mean()) > 0.85
+    assert float(telea(truth, mask)[0][leg].mean()) < 0.7
 
 
 @pytest.mark.parametrize("name", ["brick", "astronaut", "coffee"])
@@ -119,14 +121,12 @@ def test_advice():
     assert "inpaint-kernels fill" in (
         fill(photo("astronaut"), rectangle((512, 512), (360, 250, 110, 110))).advice or ""
     )
-    large = fill(photo("gravel")[:, :128, :128], rectangle((128, 128), (20, 20, 88, 88)))
+    large = fill(photo("gravel")[:, :128, :128], rectangle((128, 128), (20, 20, 88, 88)), **QUICK)
     assert large.advice is not None
     assert large.advice.startswith("the hole is large")
 
 
-# Contract --------------------------------------------------------------------------------------------------------------
-
-QUICK = {"coarsest": 64, "coarsest_rounds": 2, "rounds": 1, "finest_rounds": 1}
+# Contract -------------------------------------------------------------------------------------------------------------
 
 
 def smooth_noise(channels: int, height: int, width: int) -> Tensor:
@@ -243,7 +243,7 @@ INFINITE[0, 39, 49] = math.inf
         ({"image": IMAGE[0]}, ValueError, "image: expected shape [C, H, W], got [40, 50]"),
         ({"image": IMAGE[:2]}, ValueError, "image: expected 1 or 3 channels, got 2"),
         ({"image": IMAGE.double()}, TypeError, "image: expected torch.float32, got torch.float64"),
-        ({"image": IMAGE.numpy()}, TypeError, "image: expected a tensor"),
+        ({"image": IMAGE.numpy()}, TypeError, "image: expected a torch.Tensor, got ndarray"),
         ({"mask": MASK[1:]}, ValueError, "mask: expected shape [H, W] with H=40, W=50, got [39, 50]"),
         ({"mask": MASK.float()}, TypeError, "mask: expected torch.bool, got torch.float32"),
         ({"mask": torch.ones_like(MASK)}, ValueError, "mask: every pixel is hole"),
@@ -251,7 +251,7 @@ INFINITE[0, 39, 49] = math.inf
         ({"image": INFINITE}, ValueError, "image: 1 known pixels are NaN or Inf, the first in row 39, column 49"),
         ({"method": "magic"}, ValueError, "method: expected one of 'auto', 'exemplar', 'diffusion', got 'magic'"),
         ({"seed": -1}, ValueError, "seed: expected a number >= 0"),
-        ({"smooth": 1}, ValueError, "tunables: expected one of 'coarsest', 'patch'"),
+        ({"smooth": 1}, ValueError, "tunables: expected one of 'coarsest', 'coarsest_hole'"),
         ({"patch": 8}, ValueError, "patch: expected an odd number, got 8"),
         ({"gamma": 0.5}, ValueError, "gamma: expected a number >= 1, got 0.5"),
     ],
@@ -262,7 +262,7 @@ def test_errors_name_the_argument(change, error, message):
         fill(**arguments)
 
 
-# Parts -----------------------------------------------------------------------------------------------------------------
+# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 def test_synthesis_finds_the_shift_of_a_periodic_photo():
@@ -272,7 +272,7 @@ def test_synthesis_finds_the_shift_of_a_periodic_photo():
     assert synthesis is not None
     copied = image.flatten(1)[:, synthesis.source]
     assert torch.equal(copied, image[synthesis.box])
-    assert synthesis.difference < 1e-3
+    assert synthesis.difference < 0.02  # texture beside the hole is a mean over fewer pixels
 
 
 def dense_blend(hole, known, right, below, right_weight, below_weight):
@@ -280,23 +280,20 @@ def dense_blend(hole, known, right, below, right_weight, below_weight):
     height, width = hole.shape
     place = torch.full((height, width), -1)
     place[hole] = torch.arange(int(hole.sum()))
+    pairs = [((y, x), (y, x + 1), right, right_weight) for y in range(height) for x in range(width - 1)]
+    pairs += [((y, x), (y + 1, x), below, below_weight) for y in range(height - 1) for x in range(width)]
     rows, wanted = [], []
-    for y in range(height):
-        for x in range(width):
-            for v, u, g, w in (
-                (y, x + 1, right, right_weight) if x + 1 < width else (0, 0, None, None),
-                (y + 1, x, below, below_weight) if y + 1 < height else (0, 0, None, None),
-            ):
-                if g is None or not (hole[y, x] or hole[v, u]):
-                    continue
-                row, value = torch.zeros(int(hole.sum())).double(), g[:, y, x].double().clone()
-                for sign, j, i in ((1, v, u), (-1, y, x)):
-                    if hole[j, i]:
-                        row[place[j, i]] = sign
-                    else:
-                        value -= sign * known[:, j, i].double()
-                rows.append(float(w[y, x]) ** 0.5 * row)
-                wanted.append(float(w[y, x]) ** 0.5 * value)
+    for one, two, difference, weight in pairs:
+        if not (hole[one] or hole[two]):
+            continue
+        row, value = torch.zeros(int(hole.sum())).double(), difference[:, one[0], one[1]].double().clone()
+        for sign, pixel in ((1, two), (-1, one)):
+            if hole[pixel]:
+                row[place[pixel]] = sign
+            else:
+                value -= sign * known[:, pixel[0], pixel[1]].double()
+        rows.append(float(weight[one]) ** 0.5 * row)
+        wanted.append(float(weight[one]) ** 0.5 * value)
     out = known.double().clone()
     out[:, hole] = torch.linalg.lstsq(torch.stack(rows), torch.stack(wanted)).solution.t()
     return out
@@ -326,8 +323,8 @@ def test_blend_of_a_large_hole_has_the_wanted_differences():
 
 
 def test_thin_holes_continue_slopes():
-    row, column = torch.arange(60)[:, None] / 80, torch.arange(70)[None] / 150
-    plane = (0.1 + row + 0.5 * column).expand(2, 60, 70).clone()[:, :, :]
+    row, column = torch.arange(60)[:, None] / 100, torch.arange(70)[None] / 150
+    plane = (0.1 + row + 0.5 * column).expand(2, 60, 70)
     hole = strokes((60, 70), width=6, count=3)
     assert is_thin(hole)
     damaged = torch.where(hole, 0.5, plane)

@@ -1,0 +1,117 @@
+"""PatchMatch: ours, portable and the reference, as the exemplar filler calls it (five channels, 7x7 patches).
+
+The values are whole numbers, so distances are exact and every provider must find the same matches as the reference in
+float64. ``photo`` is a square map of keys, ``hole`` the side of the square of queries in its middle.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benches.conftest import CLOCK, Race
+from benches.harness import Outputs, Provider
+from inpaint_kernels import patchmatch
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+CHANNELS: Final = 5
+ITERATIONS: Final = 2
+LARGEST_FOR_REFERENCE: Final = 256
+OURS, PORTABLE, NAIVE = "ours", "portable", "naive"
+BACKENDS: Final = {NAIVE: "reference", OURS: "cpu", PORTABLE: "portable"}
+
+
+@dataclass(frozen=True)
+class PatchMatchCase:
+    """One race: the queries of a hole against the keys of a photo, both square."""
+
+    photo: int
+    hole: int
+
+    def __str__(self) -> str:
+        return f"{self.photo}x{self.photo}-hole{self.hole}"
+
+    @property
+    def baseline(self) -> str | None:
+        return NAIVE if self.photo <= LARGEST_FOR_REFERENCE else None
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        return (0.0, 0.0)
+
+    @property
+    def provider_names(self) -> list[str]:
+        return [name for name in BACKENDS if name != NAIVE or self.baseline]
+
+    def provider(self, name: str) -> Provider:
+        return Provider(
+            name,
+            run=functools.partial(_search, *_inputs(self), BACKENDS[name]),
+            expected=functools.partial(_expected, self),
+            warm_up=functools.partial(_search, *_inputs(PatchMatchCase(32, 16)), BACKENDS[name]),
+        )
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "op": "patchmatch",
+            "case": str(self),
+            "size": self.photo,
+            "keys": self.photo**2,
+            "queries": self.hole**2,
+            "direction": "forward",
+            "channels": CHANNELS,
+        }
+
+
+@functools.cache
+def _inputs(case: PatchMatchCase) -> tuple[Tensor, Tensor]:
+    """Query and key; a smooth pattern with noise, so that some matches propagate and some do not."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 200, (1, CHANNELS, case.photo // 8, case.photo // 8), generator=generator).float()
+    noise = torch.randint(0, 20, (1, CHANNELS, case.photo, case.photo), generator=generator).float()
+    key = torch.nn.functional.interpolate(coarse, size=(case.photo, case.photo), mode="bilinear").round() + noise
+    first = (case.photo - case.hole) // 2
+    query = key[:, :, first : first + case.hole, first : first + case.hole].flip(3).contiguous()
+    return query, key
+
+
+def _search(query: Tensor, key: Tensor, backend: str) -> Outputs:
+    found = patchmatch(query, key, iterations=ITERATIONS, backend=backend)
+    return found.index, found.score
+
+
+@functools.lru_cache(maxsize=4)
+def _expected(case: PatchMatchCase) -> Outputs:
+    query, key = _inputs(case)
+    backend = "reference" if case.baseline else "portable"
+    return _search(query.double(), key.double(), backend)
+
+
+CASES = [PatchMatchCase(128, 40), PatchMatchCase(256, 72), PatchMatchCase(1000, 200), PatchMatchCase(2000, 400)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    needs_baseline = metafunc.function is test_ratio_to_naive
+    parameters = [
+        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.photo > 1000 else [])
+        for case in CASES
+        for name in case.provider_names
+        if not needs_baseline or case.baseline not in (None, name)
+    ]
+    metafunc.parametrize(("case", "provider"), parameters)
+
+
+def test_seconds(case: PatchMatchCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:
+    race(case).replay_seconds(provider, benchmark)
+
+
+def test_ratio_to_naive(case: PatchMatchCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:
+    race(case).replay_ratio(provider, benchmark)
