@@ -161,7 +161,7 @@ def _summary_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     return (
         _title(_facts(contenders)),
         "not run" if naive is None else _seconds(naive.wall),
-        "not run" if port is None and naive is None else "not run" if port is None else _seconds(port.wall),
+        "not run" if port is None else _seconds(port.wall),
         f"**{_seconds(ours.wall)}**",
         " / ".join(speed_ups) or "-",
         memory,
