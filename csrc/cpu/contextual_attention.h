@@ -26,10 +26,12 @@ inline void stop_if_interrupted() {
   STD_TORCH_CHECK(!interrupted, "inpaint_kernels: interrupted");
 }
 
-// What one call may take in all, its output included, for strips and value cells. A strip holds exp(logits) of as many
-// queries as fit: 10 rows of them at 2000x2000; a whole 512x512 image (4,096 queries and keys) fits at once.
-constexpr int64_t kWorkspaceBytes = int64_t{880} << 20;
-constexpr int64_t kStripMinBytes = int64_t{160} << 20, kStripMaxBytes = int64_t{640} << 20;
+// A strip holds exp(logits) of some rows of queries: as many as keep the halo small (four rows more are correlated),
+// but not so many that fresh memory costs more than the halo saves (measured at 4,096 and 9,216 keys: as fast as one
+// strip of everything, at a third of its memory), and within what one call may take for strips, value cells and output.
+constexpr int64_t kStripRows = 16;
+constexpr int64_t kStripMinBytes = int64_t{24} << 20, kStripMaxBytes = int64_t{640} << 20;
+constexpr int64_t kWorkspaceBytes = int64_t{880} << 20, kWorkspaceMinBytes = int64_t{160} << 20;
 // Value cells are packed once where they fit into this, else band by band for every strip.
 constexpr int64_t kValueBytes = int64_t{160} << 20, kValueBandBytes = int64_t{64} << 20;
 
@@ -135,9 +137,10 @@ struct AttentionInputs {
     const int64_t row = keys.height * (keys.width + reach()) * static_cast<int64_t>(sizeof(T));
     return std::max<int64_t>(1, std::min(bytes / row, queries.count()));
   }
-  int64_t backward_capacity() const {
-    const int64_t rows = kBackwardStripRows * queries.width * keys.count() * static_cast<int64_t>(sizeof(T));
-    return capacity(std::clamp(rows, kBackwardStripMinBytes, kBackwardStripMaxBytes));
+  // The same for `rows` rows of queries, within bounds.
+  int64_t capacity_of_rows(int64_t rows, int64_t min_bytes, int64_t max_bytes) const {
+    const int64_t bytes = rows * queries.width * keys.count() * static_cast<int64_t>(sizeof(T));
+    return capacity(std::clamp(bytes, min_bytes, max_bytes));
   }
   CellPixels value_pixels(const PhaseGroup& group) const {
     return {value_channels, value_height, value_width, semantics.rate, semantics.pad_cut, group.phases};

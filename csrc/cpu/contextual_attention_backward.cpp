@@ -148,8 +148,9 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
   const std::vector<PhaseGroup> groups = phase_groups(semantics);
   std::vector<ValueCells<T>> values;
   for (const PhaseGroup& group : groups) values.emplace_back(value, inputs.value_pixels(group), key_cells);
-  const std::vector<StripCells> parts = cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries,
-                                                   inputs.reach(), inputs.backward_capacity());
+  const std::vector<StripCells> parts =
+      cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries, inputs.reach(),
+                 inputs.capacity_of_rows(kBackwardStripRows, kBackwardStripMinBytes, kBackwardStripMaxBytes));
   int64_t query_capacity = 0, cell_capacity = 0;
   for (const StripCells& part : parts) {
     query_capacity = std::max(query_capacity, part.queries.size());

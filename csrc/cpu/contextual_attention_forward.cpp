@@ -150,9 +150,10 @@ void attend(const AttentionInputs<T>& inputs, const MapView<T>& query, const Map
   };
   if (bands.size() == 1) for_each_paste([&](CellPaste<T>&& paste) { kept.push_back(std::move(paste)); });
   const int64_t other_bytes = pixel_bytes * (inputs.queries.count() + bands[0].rows * key_cells.width);
-  const int64_t strip_bytes = std::clamp(kWorkspaceBytes - other_bytes, kStripMinBytes, kStripMaxBytes);
-  const std::vector<StripCells> parts = cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries,
-                                                   inputs.reach(), inputs.capacity(strip_bytes));
+  const int64_t most_bytes = std::clamp(kWorkspaceBytes - other_bytes, kWorkspaceMinBytes, kStripMaxBytes);
+  const std::vector<StripCells> parts =
+      cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries, inputs.reach(),
+                 inputs.capacity_of_rows(kStripRows, kStripMinBytes, most_bytes));
   int64_t capacity = 0;
   for (const StripCells& part : parts) capacity = std::max(capacity, part.queries.size());
   AttentionStrip<T> strip(capacity, inputs.keys, inputs.reach());
