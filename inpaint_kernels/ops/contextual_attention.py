@@ -415,7 +415,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
     output, index, maximum = _FORWARD[backend](
         *maps(dtype, query, key, value), *_dense_per_position(dtype, *arguments[:4]), *arguments[4:]
     )
-    return output.to(value.dtype), index, maximum
+    return _cast(output, value.dtype), index, maximum
 
 
 @torch.library.impl(_library, "contextual_attention_backward", "CompositeExplicitAutograd")
@@ -433,14 +433,18 @@ def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: An
 
 def _dense_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous maps in the dtype that the scores accumulate in; one copy where query and key are one tensor."""
-    dense_query = query.to(dtype).contiguous()
-    dense_key = dense_query if key is query else key.to(dtype).contiguous()
-    return dense_query, dense_key, value.to(dtype).contiguous()
+    dense_query = _cast(query, dtype).contiguous()
+    dense_key = dense_query if key is query else _cast(key, dtype).contiguous()
+    return dense_query, dense_key, _cast(value, dtype).contiguous()
 
 
 def _strided_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same without copying query and key, views of every ``rate``-th pixel of f and b: 134 MB each at 4096x4096."""
-    return query.to(dtype), key.to(dtype), value.to(dtype).contiguous()
+    return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype).contiguous()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)  # a .to() that changes nothing still goes through the dispatcher
 
 
 def _dense_per_position(
