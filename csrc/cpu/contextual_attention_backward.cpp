@@ -12,29 +12,13 @@
 namespace inpaint {
 namespace {
 
-// dA of the strip's queries: [queries][hk][wk + gap], rows present or zero.
-template <class T>
-class ProbabilityGradients {
- public:
-  ProbabilityGradients(int64_t capacity, GridSize keys)
-      : keys_(keys), data_(capacity * keys.count()), present_(capacity * keys.height) {}
-  void clear(int64_t queries) { std::fill_n(present_.get(), queries * keys_.height, uint8_t{0}); }
-  T* row(int64_t i, int64_t v) const { return data_.get() + (i * keys_.height + v) * keys_.width; }
-  uint8_t& present(int64_t i, int64_t v) const { return present_[i * keys_.height + v]; }
-
- private:
-  GridSize keys_;
-  Buffer<T> data_;
-  Buffer<uint8_t> present_;
-};
-
 // ---- The softmax ---------------------------------------------------------------------------------------------------
 
 // dA(p, q) += sum over e of dB(p + e, q + e), on the key rows that the strip holds.
 template <class T>
 void gather_probability_gradients(const AttentionInputs<T>& inputs, const PhaseGroup& group, const StripCells& part,
-                                  const PositionList& cells, const CellGradients<T>& cell_gradients,
-                                  const AttentionStrip<T>& strip, ProbabilityGradients<T>& gradients) {
+                                  const PositionList& cells, const SparseRows<T>& cell_gradients,
+                                  const AttentionStrip<T>& strip, SparseRows<T>& gradients) {
   const int64_t cell_width = inputs.queries.width + inputs.reach() - 1;
   run_tasks(part.queries.size(), inputs.keys.count(), [&](int64_t, int64_t i) {
     const int64_t y = part.queries[i] / inputs.queries.width, x = part.queries[i] % inputs.queries.width;
@@ -58,7 +42,7 @@ void gather_probability_gradients(const AttentionInputs<T>& inputs, const PhaseG
 // stops.
 template <class T>
 void softmax_backward(const AttentionStrip<T>& strip, int64_t queries, const KeyLogits<T>& logits, double floor,
-                      const ProbabilityGradients<T>& gradients) {
+                      const SparseRows<T>& gradients) {
   const int64_t width = strip.keys().width;
   run_tasks(queries, strip.keys().count(), [&](int64_t, int64_t i) {
     const T inverse_sum = strip.inverse_sum(i);
@@ -157,7 +141,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
     cell_capacity = std::max(cell_capacity, static_cast<int64_t>(part.cells.size()));
   }
   AttentionStrip<T> strip(query_capacity, inputs.keys, inputs.reach());
-  ProbabilityGradients<T> probability_gradients(query_capacity, inputs.keys);
+  SparseRows<T> probability_gradients(query_capacity, inputs.keys);
   Buffer<T> dkey(inputs.keys.count() * key_columns.panels() * kTileColumns<T>, true);
   Buffer<T> norm_sums(inputs.keys.count(), true);
   Semantics unclamped = semantics;
@@ -171,7 +155,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
     for (const int64_t cell : part.cells) wanted[cell] = 1;
     const PositionList strip_cells(wanted);
     {
-      CellGradients<T> cell_gradients(cell_capacity, key_cells);
+      SparseRows<T> cell_gradients(cell_capacity, key_cells);
       for (size_t g = 0; g < groups.size(); ++g) {
         cell_gradients.clear(strip_cells.size());
         PasteBackward<T>(inputs, groups[g], values[g], weighted.get(), strip, part).run(cell_gradients);

@@ -81,18 +81,19 @@ struct ValueCells {
   }
 };
 
-// dB of a strip's cells: [cells][cell rows of the keys][cell columns], rows present or zero.
+// Gradients of a strip, [queries or cells][rows of the key grid][columns], whose rows are present or all zero: dA of
+// its queries and dB of its cells.
 template <class T>
-class CellGradients {
+class SparseRows {
  public:
-  CellGradients(int64_t capacity, GridSize key_cells)
-      : key_cells_(key_cells), data_(capacity * key_cells.count()), present_(capacity * key_cells.height) {}
-  void clear(int64_t cells) { std::fill_n(present_.get(), cells * key_cells_.height, uint8_t{0}); }
-  T* row(int64_t cell, int64_t w_y) const { return data_.get() + (cell * key_cells_.height + w_y) * key_cells_.width; }
-  uint8_t& present(int64_t cell, int64_t w_y) const { return present_[cell * key_cells_.height + w_y]; }
+  SparseRows(int64_t capacity, GridSize grid)
+      : grid_(grid), data_(capacity * grid.count()), present_(capacity * grid.height) {}
+  void clear(int64_t count) { std::fill_n(present_.get(), count * grid_.height, uint8_t{0}); }
+  T* row(int64_t i, int64_t y) const { return data_.get() + (i * grid_.height + y) * grid_.width; }
+  uint8_t& present(int64_t i, int64_t y) const { return present_[i * grid_.height + y]; }
 
  private:
-  GridSize key_cells_;
+  GridSize grid_;
   Buffer<T> data_;
   Buffer<uint8_t> present_;
 };
@@ -115,7 +116,7 @@ class PasteBackward {
         gradient_tiles_(gradient_, cells_, columns_),
         chunk_(iota(kTileInner)) {}
 
-  void run(CellGradients<T>& cell_gradients) {
+  void run(SparseRows<T>& cell_gradients) {
     const GridSize key_cells = cell_grid(inputs_.keys, inputs_.reach());
     struct Worker {
       Buffer<T> sums, products;
@@ -192,7 +193,7 @@ class PasteBackward {
 
   // dB(u, w) = sum_n Y(u, n) V(w, n) for the cells w of one row, in the tiles where B is not zero; 0 in the others.
   void cell_products(int64_t w_y, const T* sums, const std::vector<int32_t>& present, T* products, int64_t stride,
-                     CellGradients<T>& cell_gradients) const {
+                     SparseRows<T>& cell_gradients) const {
     const int64_t width = inputs_.keys.width + inputs_.reach() - 1;
     for (size_t begin = 0, end = 0; begin < present.size(); begin = end) {
       const int64_t group = present[begin] / kTileRows;

@@ -17,8 +17,8 @@ inline int64_t worker_count() { return torch::stable::get_num_threads(); }
 constexpr int64_t kParallelWork = 1 << 15;
 
 // Until `ready()`: a short spin, then other threads go first. OpenMP's own barrier spins much longer, which on a busy
-// machine keeps the very thread that it waits for from running (measured with a third process on two cores: 0.7 s
-// instead of 0.2 s for a sweep of 64 key rows).
+// machine keeps the very thread that it waits for from running (measured with a third process on two cores: a forward
+// with 4,096 keys took 0.7 CPU seconds, and 0.3 with this).
 template <class Ready>
 void wait_until(const Ready& ready) {
   constexpr int kSpins = 2000;

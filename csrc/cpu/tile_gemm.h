@@ -4,7 +4,8 @@
 //   C[12 x kTileColumns] (+)= A[12 x inner] * B[inner x kTileColumns]
 //
 // A is a row-major tile of kTileInner columns, B a panel of consecutive rows of kTileColumns. 12 x 2 vectors of 64
-// bytes fill 24 of AVX-512's 32 registers; measured on a Zen 4 core: 105 GFLOP/s, torch's own GEMMs 85 to 105.
+// bytes fill 24 of AVX-512's 32 registers; measured on a busy Zen 4 core: 84 to 88 GFLOP/s, and
+// 72 with unaligned loads that the compiler splits; torch's own GEMMs reach 72 to 105 on an idle one.
 #pragma once
 
 #include "simd.h"
