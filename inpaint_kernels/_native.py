@@ -66,7 +66,10 @@ def available(kernel: str, key: DispatchKey) -> bool:
 
 def why_not(kernel: str, key: DispatchKey) -> str | None:
     """The sentence that says why `available(kernel, key)` is False; None when it is True."""
-    return _kernel_reasons.get((kernel, key), f"there is no kernel {NAMESPACE}::{kernel}")
+    try:
+        return _kernel_reasons[kernel, key]
+    except KeyError:
+        return f"there is no kernel {NAMESPACE}::{kernel}"
 
 
 def reason() -> str | None:

@@ -67,7 +67,7 @@ def test_wrong_values(arguments, message):
         ({"b": None}, "b: expected a torch.Tensor, got NoneType"),
         ({"f": X.int()}, "f: expected a floating-point tensor, got torch.int32"),
         ({"b": X.double()}, "f, b: expected one dtype, got f torch.float32, b torch.float64"),
-        ({"value": X.half()}, "expected one dtype, got f torch.float32, b torch.float32, value torch.float16"),
+        ({"value": X.half()}, "expected one dtype, got f torch.float32, value torch.float16"),
         ({"queries": torch.ones(4, 6)}, "queries: expected dtype torch.bool, got torch.float32"),
         ({"preset": 3}, "preset: expected a name or a ContextualAttentionPreset, got int"),
         ({"fuze": 3}, "contextual_attention: unexpected argument 'fuze', not a field of the preset"),

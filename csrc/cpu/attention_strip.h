@@ -78,11 +78,15 @@ class AttentionStrip {
         maximum_(capacity),
         inverse_sum_(capacity) {
     std::fill_n(data_.get(), front_, T(0));
+    for (int64_t i = 0; i + 1 < capacity; ++i)
+      std::fill_n(row(i, keys.height - 1) + keys.width, stride_ - keys.width, T(0));
   }
 
   // Rows of a key row in the strip: values of the real keys, zero columns up to stride().
   T* row(int64_t i, int64_t v) const { return data_.get() + front_ + (i * keys_.height + v) * stride_; }
   bool present(int64_t i, int64_t v) const { return present_[i * keys_.height + v]; }
+  // The same for all key rows of query i.
+  const uint8_t* present_rows(int64_t i) const { return present_.get() + i * keys_.height; }
   // What turns the stored values of query i into probabilities.
   T inverse_sum(int64_t i) const { return inverse_sum_[i]; }
   int64_t stride() const { return stride_; }
@@ -93,11 +97,17 @@ class AttentionStrip {
                const KeyLogits<T>& logits, const Semantics& semantics) {
     const int64_t width = keys_.width, gap = stride_ - width;
     std::fill_n(maximum_.get(), plan.scores.size(), -std::numeric_limits<T>::infinity());
-    ScoreSweep<T>(plan, query, key, inverse_norm).run([&](int64_t v, int64_t i, const T* scores) {
-      T* to = row(i, v);
-      const T largest = affine_max(to, scores, logits.factor.get() + v * width, logits.offset.get() + v * width, width);
-      std::fill_n(to + width, gap, T(0));
+    ScoreSweep<T>(plan, query, key, inverse_norm).run([&](int64_t v, int64_t i, T* scores) {
+      bool alive;
+      const T largest = affine_alive(scores, scores, logits.factor.get() + v * width, logits.offset.get() + v * width,
+                                     width, maximum_[i], &alive);
+      present_[i * keys_.height + v] = alive;
+      if (!alive) return;
       maximum_[i] = std::max(maximum_[i], largest);
+      T* to = row(i, v);
+      if (v > 0) std::fill_n(to - gap, gap, T(0));  // the row before may be absent
+      std::copy_n(scores, width, to);
+      std::fill_n(to + width, gap, T(0));
     });
     run_tasks(ceil_div(plan.scores.size(), kQueriesPerTask), kQueriesPerTask * keys_.count(),
               [&](int64_t, int64_t task) {
@@ -127,7 +137,7 @@ class AttentionStrip {
     T sum = 0;
     for (int64_t v = 0; v < keys_.height; ++v) {
       bool any = false;
-      sum += exp_row(row(i, v), logits.keep_or_null(v * keys_.width), shift, keys_.width, &any);
+      if (present(i, v)) sum += exp_row(row(i, v), logits.keep_or_null(v * keys_.width), shift, keys_.width, &any);
       present_[i * keys_.height + v] = any;
     }
     inverse_sum_[i] = sum == 0 ? T(0) : T(1) / sum;
@@ -138,7 +148,7 @@ class AttentionStrip {
   void apply_floor(int64_t i, T floor) {
     for (int64_t v = 0; v < keys_.height; ++v) {
       T* values = row(i, v);
-      if (!present(i, v)) std::fill_n(values, keys_.width, T(0));
+      if (!present(i, v)) std::fill_n(values, stride_, T(0));
       for (int64_t u = 0; u < keys_.width; ++u) {
         const T probability = values[u] * inverse_sum_[i];
         values[u] = probability < floor ? floor : probability;
@@ -209,15 +219,20 @@ class CellPanels {
       : panels_(ceil_div(pixels.columns(), kTileColumns<T>)), cells_(count), data_(panels_ * cells_ * kTileColumns<T>) {
     const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
     run_tasks(ceil_div(count, kCellsPerTask), kCellsPerTask * pixels.columns(), [&](int64_t, int64_t task) {
-      const int64_t end = std::min(count, (task + 1) * kCellsPerTask);
-      for (int64_t cell = task * kCellsPerTask; cell < end; ++cell) {
+      const int64_t begin = task * kCellsPerTask, end = std::min(count, begin + kCellsPerTask);
+      std::vector<int64_t> from(phases * kCellsPerTask);
+      for (int64_t cell = begin; cell < end; ++cell) {
         const int64_t position = list ? list[cell] : first + cell;
-        for (int64_t phase = 0; phase < phases; ++phase) {
-          const int64_t pixel = pixels.pixel(position / grid_width, position % grid_width, phase);
-          for (int64_t c = 0, n = phase; c < pixels.channels; ++c, n += phases)
-            at(cell, n) = pixel < 0 ? T(0) : map[c * plane + pixel];
+        for (int64_t phase = 0; phase < phases; ++phase)
+          from[phase * kCellsPerTask + cell - begin] =
+              pixels.pixel(position / grid_width, position % grid_width, phase);
+      }
+      for (int64_t n = 0; n < panels_ * kTileColumns<T>; ++n) {
+        const T* channel = n < pixels.columns() ? map + n / phases * plane : nullptr;
+        for (int64_t cell = begin; cell < end; ++cell) {
+          const int64_t pixel = from[n % phases * kCellsPerTask + cell - begin];
+          at(cell, n) = channel && pixel >= 0 ? channel[pixel] : T(0);
         }
-        for (int64_t n = pixels.columns(); n < panels_ * kTileColumns<T>; ++n) at(cell, n) = T(0);
       }
     });
   }

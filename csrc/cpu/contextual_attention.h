@@ -30,7 +30,7 @@ inline void stop_if_interrupted() {
 // but not so many that fresh memory costs more than the halo saves (measured at 4,096 and 9,216 keys: as fast as one
 // strip of everything, at a third of its memory), and within what one call may take for strips, value cells and output.
 constexpr int64_t kStripRows = 16;
-constexpr int64_t kStripMinBytes = int64_t{24} << 20, kStripMaxBytes = int64_t{640} << 20;
+constexpr int64_t kStripMinBytes = int64_t{40} << 20, kStripMaxBytes = int64_t{640} << 20;
 constexpr int64_t kWorkspaceBytes = int64_t{880} << 20, kWorkspaceMinBytes = int64_t{160} << 20;
 // Value cells are packed once where they fit into this, else band by band for every strip.
 constexpr int64_t kValueBytes = int64_t{160} << 20, kValueBandBytes = int64_t{64} << 20;
@@ -204,6 +204,8 @@ class PixelWeights {
   std::vector<T> rows_, columns_;
 };
 
+constexpr int kMaxPasteTerms = 64;  // of one diagonal sum: reach^2
+
 // The diagonal sums B(u, w) of kTileRows cells with a piece of the cell rows of the keys, as a tile for multiply_tile.
 template <class T>
 class DiagonalTile {
@@ -216,13 +218,36 @@ class DiagonalTile {
         tile_(kTileSize<T>, true),
         inner_(kTileInner) {}
 
-  // Cells cells[0..count) (at most kTileRows) with key cells (top + t / width, left + t % width) for t in [0, length).
-  // Returns whether any sum is not zero; then inner() lists the t in which one is.
-  bool build(const int64_t* cells, int64_t count, const PhaseGroup& group, int64_t top, int64_t left, int64_t width,
-             int64_t length) {
+  // The cells that the next tiles are of: cells[0..count), at most kTileRows.
+  void set_cells(const int64_t* cells, int64_t count, const PhaseGroup& group) {
+    const int64_t key_rows = strip_.keys().height;
+    alive_.assign(key_rows + group.reach_y - 1, 0);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      terms_[r].clear();
+      if (r >= count) continue;
+      const int64_t y = cells[r] / cell_width_, x = cells[r] % cell_width_;
+      for (int64_t e = 0; e < group.reach_y; ++e) {
+        if (y - e < 0 || y - e >= query_grid_.height) continue;
+        for (int64_t d = 0; d < group.reach_x; ++d) {
+          if (x - d < 0 || x - d >= query_grid_.width) continue;
+          const int32_t i = queries_.local((y - e) * query_grid_.width + x - d);
+          if (i < 0) continue;
+          terms_[r].push_back({i, static_cast<int32_t>(e), static_cast<int32_t>(d)});
+          const uint8_t* present = strip_.present_rows(i);
+          for (int64_t v = 0; v < key_rows; ++v) alive_[v + e] |= present[v];
+        }
+      }
+    }
+  }
+
+  // Their sums with key cells (top + t / width, left + t % width) for t in [0, length). Returns whether any is not
+  // zero; then inner() lists the t in which one is.
+  bool build(int64_t top, int64_t left, int64_t width, int64_t length) {
     int found = 0;
     for (int64_t t = 0; t < length; t += width) {
-      if (!build_row(cells, count, group, top + t / width, left, width, tile_.get() + t)) continue;
+      const int64_t w_y = top + t / width;
+      if (w_y >= static_cast<int64_t>(alive_.size()) || !alive_[w_y]) continue;
+      build_row(w_y, left, width, tile_.get() + t);
       const int first = found;
       found += nonzero_columns(tile_.get() + t, static_cast<int>(width), inner_.data() + found);
       for (int i = first; i < found; ++i) inner_[i] += static_cast<int32_t>(t);
@@ -235,44 +260,33 @@ class DiagonalTile {
   int count() const { return count_; }
 
  private:
+  // One probability row of a diagonal sum: A(u - (e, d), .) of the strip's query `query`.
   struct Term {
-    const T* values;
-    T weight;
+    int32_t query, e, d;
   };
 
-  bool build_row(const int64_t* cells, int64_t count, const PhaseGroup& group, int64_t w_y, int64_t left, int64_t width,
-                 T* to) {
-    Term terms[kTileRows][kMaxTerms];
-    int used[kTileRows] = {};
-    bool any = false;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t y = cells[r] / cell_width_, x = cells[r] % cell_width_;
-      for (int64_t e = 0; e < group.reach_y; ++e) {
-        if (w_y - e < 0 || w_y - e >= strip_.keys().height || y - e < 0 || y - e >= query_grid_.height) continue;
-        for (int64_t d = 0; d < group.reach_x; ++d) {
-          if (x - d < 0 || x - d >= query_grid_.width) continue;
-          const int32_t i = queries_.local((y - e) * query_grid_.width + x - d);
-          if (i < 0 || !strip_.present(i, w_y - e)) continue;
-          terms[r][used[r]++] = {strip_.row(i, w_y - e) + left - d, strip_.inverse_sum(i)};
-          any = true;
-        }
-      }
-    }
-    if (!any) return false;
+  void build_row(int64_t w_y, int64_t left, int64_t width, T* to) {
+    const T* rows[kMaxPasteTerms];
+    T weights[kMaxPasteTerms];
     for (int64_t r = 0; r < kTileRows; ++r) {
-      std::fill_n(to + r * kTileStride, width, T(0));
-      for (int t = 0; t < used[r]; ++t)
-        add_scaled_row(to + r * kTileStride, terms[r][t].values, terms[r][t].weight, width);
+      int used = 0;
+      for (const Term& term : terms_[r]) {
+        const int64_t v = w_y - term.e;
+        if (v < 0 || v >= strip_.keys().height || !strip_.present(term.query, v)) continue;
+        rows[used] = strip_.row(term.query, v) + left - term.d;
+        weights[used++] = strip_.inverse_sum(term.query);
+      }
+      weighted_sum(to + r * kTileStride, rows, weights, used, width);
     }
-    return true;
   }
 
-  static constexpr int kMaxTerms = 64;  // reach^2
   const AttentionStrip<T>& strip_;
   const PositionList& queries_;
   GridSize query_grid_;
   int64_t cell_width_;
   Buffer<T> tile_;
+  std::vector<Term> terms_[kTileRows];
+  std::vector<uint8_t> alive_;  // by cell row of the keys: whether any cell has a sum that is not zero
   std::vector<int32_t> inner_;
   int count_ = 0;
 };

@@ -37,6 +37,7 @@ class CellPaste {
         values_(value, inputs.value_pixels(group), key_cells_.width, band.rows * key_cells_.width, nullptr,
                 band.top * key_cells_.width),
         columns_(values_.panels() * kTileColumns<T>),
+        sum_stride_(columns_ + kLanes<T>),
         groups_per_task_(std::clamp<int64_t>(kAccumulatorBytes / (columns_ * kTileRows * sizeof(T)), 1, 8)),
         pieces_(key_pieces({band.rows, key_cells_.width})) {}
 
@@ -48,12 +49,12 @@ class CellPaste {
               [&](int64_t w, int64_t task) {
                 Worker& worker = workers[w];
                 if (worker.tiles.empty()) {
-                  worker.sums = Buffer<T>(per_task * columns_);
+                  worker.sums = Buffer<T>(per_task * sum_stride_);
                   for (int64_t g = 0; g < groups_per_task_; ++g)
                     worker.tiles.emplace_back(strip, part.queries, inputs_.queries, inputs_.reach());
                 }
                 const int64_t begin = task * per_task, end = std::min(total, begin + per_task);
-                std::fill_n(worker.sums.get(), per_task * columns_, T(0));
+                std::fill_n(worker.sums.get(), per_task * sum_stride_, T(0));
                 accumulate(worker, part.cells.data() + begin, end - begin);
                 scatter(worker, part.cells.data() + begin, end - begin, output);
               });
@@ -67,12 +68,13 @@ class CellPaste {
 
   void accumulate(Worker& worker, const int64_t* cells, int64_t count) const {
     const int64_t groups = ceil_div(count, kTileRows);
+    for (int64_t g = 0; g < groups; ++g)
+      worker.tiles[g].set_cells(cells + g * kTileRows, std::min<int64_t>(kTileRows, count - g * kTileRows), group_);
+    std::vector<uint8_t> active(groups);
     for (const KeyPiece& piece : pieces_) {
       bool any = false;
-      std::vector<uint8_t> active(groups);
       for (int64_t g = 0; g < groups; ++g) {
-        active[g] = worker.tiles[g].build(cells + g * kTileRows, std::min<int64_t>(kTileRows, count - g * kTileRows),
-                                          group_, band_.top + piece.top, piece.left, piece.width, piece.length);
+        active[g] = worker.tiles[g].build(band_.top + piece.top, piece.left, piece.width, piece.length);
         any |= active[g];
       }
       if (!any) continue;
@@ -82,25 +84,34 @@ class CellPaste {
           if (!active[g]) continue;
           const DiagonalTile<T>& tile = worker.tiles[g];
           multiply_tile(tile.tile(), panel, tile.inner(), tile.count(),
-                        worker.sums.get() + g * kTileRows * columns_ + j * kTileColumns<T>, columns_, true);
+                        worker.sums.get() + g * kTileRows * sum_stride_ + j * kTileColumns<T>, sum_stride_, true);
         }
       }
     }
   }
 
+  // Some cells at a time, channel by channel: their pixels are neighbours in the output, their sums stay in L1.
   void scatter(const Worker& worker, const int64_t* cells, int64_t count, T* output) const {
+    struct Target {
+      int64_t pixel, sum;
+      T weight;
+    };
+    constexpr int64_t kCells = 16;
     const CellPixels pixels = inputs_.output_pixels(group_);
     const int64_t phases = static_cast<int64_t>(group_.phases.size()), plane = pixels.height * pixels.width;
     const int64_t cell_width = inputs_.queries.width + inputs_.reach() - 1;
-    for (int64_t i = 0; i < count; ++i) {
-      const T* sums = worker.sums.get() + i * columns_;
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        const int64_t pixel = pixels.pixel(cells[i] / cell_width, cells[i] % cell_width, phase);
-        if (pixel < 0) continue;
-        const T weight = weights_(pixel);
-        if (weight == 0) continue;
-        for (int64_t c = 0; c < pixels.channels; ++c) output[c * plane + pixel] += weight * sums[c * phases + phase];
+    std::vector<Target> targets;
+    for (int64_t begin = 0; begin < count; begin += kCells) {
+      targets.clear();
+      for (int64_t i = begin; i < std::min(count, begin + kCells); ++i) {
+        for (int64_t phase = 0; phase < phases; ++phase) {
+          const int64_t pixel = pixels.pixel(cells[i] / cell_width, cells[i] % cell_width, phase);
+          const T weight = pixel < 0 ? T(0) : weights_(pixel);
+          if (weight != 0) targets.push_back({pixel, i * sum_stride_ + phase, weight});
+        }
       }
+      for (int64_t c = 0; c < pixels.channels; ++c)
+        for (const Target& to : targets) output[c * plane + to.pixel] += to.weight * worker.sums[to.sum + c * phases];
     }
   }
 
@@ -110,7 +121,7 @@ class CellPaste {
   const PixelWeights<T>& weights_;
   GridSize key_cells_;
   CellPanels<T> values_;
-  int64_t columns_, groups_per_task_;
+  int64_t columns_, sum_stride_, groups_per_task_;  // sum_stride_: not a multiple of 4 KiB, see kTileStride
   std::vector<KeyPiece> pieces_;
 };
 

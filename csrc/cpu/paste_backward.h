@@ -144,13 +144,16 @@ class PasteBackward {
     std::vector<int32_t> present;
     const int64_t width = inputs_.keys.width + inputs_.reach() - 1;
     for (int64_t i = 0; i < cells_; ++i) {
-      bool first = true;
+      const T* rows[kMaxPasteTerms];
+      T weights[kMaxPasteTerms];
+      int used = 0;
       for_each_term(part_.cells[i], w_y, [&](int32_t query, int64_t v, int64_t shift) {
-        if (first) std::fill_n(sums + i * stride, width, T(0));
-        first = false;
-        add_scaled_row(sums + i * stride, strip_.row(query, v) - shift, strip_.inverse_sum(query), width);
+        rows[used] = strip_.row(query, v) - shift;
+        weights[used++] = strip_.inverse_sum(query);
       });
-      if (!first) present.push_back(static_cast<int32_t>(i));
+      if (used == 0) continue;
+      weighted_sum(sums + i * stride, rows, weights, used, width);
+      present.push_back(static_cast<int32_t>(i));
     }
     return present;
   }

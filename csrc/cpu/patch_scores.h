@@ -273,7 +273,8 @@ CorrelationBlock<T> correlation_block(const QueryPlan& plan, int64_t begin, int6
 
 // ---- The sweep ---------------------------------------------------------------------------------------------------
 
-// Rings of one value per (query of a list, key of one key row), a slab per key row, with zeros around each row's keys.
+// Rings of one value per (query of a list, key of one key row), a slab per key row. Around each row's keys there are
+// `border` values that a row shares with the next: zeros, unless somebody writes them.
 template <class T>
 class SlabRing {
  public:
@@ -282,8 +283,9 @@ class SlabRing {
       : slabs_(slabs),
         rows_(rows),
         border_(round_up(border, kLanes<T>)),
-        stride_(2 * border_ + round_up(width, kLanes<T>)),
-        data_(slabs * rows * stride_, true) {}
+        stride_(border_ + round_up(width, kLanes<T>)),
+        data_(slabs * rows * stride_ + border_, true) {}
+  int64_t stride() const { return stride_; }
   T* row(int64_t slab, int64_t i) const { return data_.get() + (slab % slabs_ * rows_ + i) * stride_ + border_; }
 
  private:
@@ -292,8 +294,8 @@ class SlabRing {
 };
 
 // Runs the passes over all key rows and hands every finished row S(p, key row v) to `emit(v, i, row)`, i indexing
-// plan.scores, row of wk values. For one i the calls come one after the other, in an order of v that is always the same
-// (with a fuse, the first fuse / 2 key rows come last).
+// plan.scores, row of wk values that emit may overwrite. For one i the calls come one after the other, in an order of v
+// that is always the same (with a fuse, the first fuse / 2 key rows come last).
 template <class T>
 class ScoreSweep {
  public:
@@ -323,8 +325,7 @@ class ScoreSweep {
   }
 
   // The sweep as `phases()` phases of `tasks()` tasks each, for run_phases. In phase t every pass works on a key row
-  // whose terms the phases before have finished: correlations of key row t, S0 and T of `summed(t)`, S of `fused(t)`. T
-  // is complete one phase after it was summed, because its last keys take terms from the next key row.
+  // whose terms the phases before have finished: correlations of key row t, S0 and T of `summed(t)`, S of `fused(t)`.
   int64_t phases() const { return grid_.height + emit_lag() + std::min<int64_t>(plan_.half, grid_.height); }
   int64_t tasks() const { return 1 + blocks(); }
   int64_t work() const {
@@ -349,9 +350,32 @@ class ScoreSweep {
   }
 
  private:
+  // The terms of a diagonal sum: where each one's rows are and which of them every query takes.
+  class Terms {
+   public:
+    void add(const T* from, const int32_t* index) {
+      from_[count_] = from;
+      index_[count_++] = index;
+    }
+    ListedRows<T> rows(int64_t stride) const { return {from_, index_, count_, stride}; }
+
+   private:
+    static constexpr int kMaxTerms = std::max(kMaxPatch, kMaxFuse);
+    const T* from_[kMaxTerms];
+    const int32_t* index_[kMaxTerms];
+    int count_ = 0;
+  };
+
+  // The rows [first, last) of S0 that one block of T sums, and the last `half` scores of each with the key row before.
+  struct RowBlock {
+    int64_t first, last;
+    Buffer<T> ends;
+  };
+
   int64_t blocks() const { return std::max({patch_blocks_.count(), column_blocks_.count(), score_blocks_.count()}); }
-  int64_t sum_lag() const { return plan_.after + 1; }
-  int64_t emit_lag() const { return plan_.half ? sum_lag() + plan_.half + 2 : sum_lag(); }
+  // The last keys of T take terms from the next key row's S0.
+  int64_t sum_lag() const { return plan_.after + 1 + (plan_.half ? 1 : 0); }
+  int64_t emit_lag() const { return plan_.half ? sum_lag() + plan_.half + 1 : sum_lag(); }
   // The key row whose S is emitted in phase t: the first `half` ones, which need the last key rows, come at the end.
   int64_t fused(int64_t t) const {
     const int64_t v = t - emit_lag();
@@ -360,26 +384,31 @@ class ScoreSweep {
 
   void allocate() {
     const int64_t width = grid_.width, half = plan_.half;
+    int64_t most_rows = 0;
     correlation_border_ = round_up(std::max(plan_.before, plan_.after), kLanes<T>);
     correlation_stride_ = 2 * correlation_border_ + keys_.panels() * kTileColumns<T>;
     int64_t groups = 0;
     for (const auto& block : blocks_) groups = std::max(groups, block.groups);
-    patch_ring_ = SlabRing<T>(plan_.before + plan_.after + 2, plan_.patches.size(), width, 0);
+    patch_ring_ = SlabRing<T>(plan_.before + 1 + sum_lag(), plan_.patches.size(), width, 0);
     if (half) {
       kept_ = std::min<int64_t>(2 * half, grid_.height);
       kept_columns_ = SlabRing<T>(kept_, plan_.columns.size(), width, half);
-      column_ring_ = SlabRing<T>(2 * half + 3, plan_.columns.size(), width, half);
-      row_ends_ = Buffer<T>(plan_.columns.size() * half, true);
+      column_ring_ = SlabRing<T>(2 * half + 2, plan_.columns.size(), width, half);
+      for (int64_t b = 0; b < column_blocks_.count(); ++b) {
+        const auto [first, last] = row_range(column_blocks_.begin(b), column_blocks_.end(b));
+        row_blocks_.push_back({first, last, Buffer<T>((last - first) * half, true)});
+        most_rows = std::max(most_rows, last - first);
+      }
     }
     for (int64_t w = 0; w < workers_; ++w) {
       correlations_.emplace_back(groups * kTileRows * correlation_stride_, true);
       line_.emplace_back(round_up(width, kLanes<T>));
-      if (half) rows_.emplace_back(1, kRowsPerBlock * (2 * half + 1), width, half);
+      if (half) rows_.emplace_back(1, most_rows, width, 2 * half);
     }
   }
 
   // The ring slab of T that holds key row v; the first ones are kept, the last key rows wrap around to them.
-  T* column_row(int64_t v, int64_t i) const { return v < kept_ ? kept_columns_.row(v, i) : column_ring_.row(v, i); }
+  T* column_slab(int64_t v) const { return v < kept_ ? kept_columns_.row(v, 0) : column_ring_.row(v, 0); }
 
   // H of one block of queries with key row v.
   void correlate(int64_t worker, int64_t b, int64_t v) {
@@ -398,61 +427,59 @@ class ScoreSweep {
         }
       }
     }
-    std::vector<const T*> sources(block.terms.size());
-    for (int64_t i = patch_blocks_.begin(b); i < patch_blocks_.end(b); ++i) {
-      for (size_t j = 0; j < sources.size(); ++j) {
-        const int32_t row = block.terms[j][i - patch_blocks_.begin(b)];
-        sources[j] =
-            row < 0 ? nullptr : correlations + row * correlation_stride_ + static_cast<int64_t>(j) - plan_.before;
-      }
-      sum_rows(patch_ring_.row(v, i), sources.data(), static_cast<int>(sources.size()), grid_.width);
-    }
+    Terms terms;
+    for (int dx = -plan_.before; dx <= plan_.after; ++dx)
+      terms.add(correlations + dx, block.terms[dx + plan_.before].data());
+    sum_listed_rows(patch_ring_.row(v, patch_blocks_.begin(b)), patch_ring_.stride(), terms.rows(correlation_stride_),
+                    0, patch_blocks_.end(b) - patch_blocks_.begin(b), nullptr, grid_.width);
   }
 
-  // S0 of query plan.rows[i] with key row v.
-  void sum_patch(int64_t v, int64_t i, T* to) const {
-    const T* sources[kMaxPatch];
-    int count = 0;
-    for (int dy = -plan_.before; dy <= plan_.after; ++dy) {
-      const int32_t row = plan_.patch_terms[dy + plan_.before][i];
-      if (row >= 0 && v + dy >= 0 && v + dy < grid_.height) sources[count++] = patch_ring_.row(v + dy, row);
-    }
-    sum_rows(to, sources, count, grid_.width);
-    if (inverse_norm_) multiply_row(to, inverse_norm_ + v * grid_.width, grid_.width);
+  // S0 of the queries [begin, end) of plan.rows with the first `length` keys of key row v.
+  void sum_patches(int64_t v, int64_t begin, int64_t end, T* to, int64_t to_stride, int64_t length) const {
+    Terms terms;
+    for (int dy = -plan_.before; dy <= plan_.after; ++dy)
+      if (v + dy >= 0 && v + dy < grid_.height)
+        terms.add(patch_ring_.row(v + dy, 0), plan_.patch_terms[dy + plan_.before].data());
+    sum_listed_rows(to, to_stride, terms.rows(patch_ring_.stride()), begin, end,
+                    inverse_norm_ ? inverse_norm_ + v * grid_.width : nullptr, length);
   }
 
   template <class Emit>
   void emit_patch_sums(int64_t worker, int64_t b, int64_t v, const Emit& emit) {
+    T* line = line_[worker].get();
     for (int64_t i = column_blocks_.begin(b); i < column_blocks_.end(b); ++i) {
-      sum_patch(v, i, line_[worker].get());
-      emit(v, i, line_[worker].get());
+      sum_patches(v, i, i + 1, line, 0, grid_.width);
+      emit(v, i, line);
     }
   }
 
-  // T of one block with key row v, but for the keys past its end, which the next key row's scores complete.
+  // T of one block with key row v.
   void sum_patches_and_fuse_rows(int64_t worker, int64_t b, int64_t v) {
     const int half = plan_.half;
-    const int64_t width = grid_.width, begin = column_blocks_.begin(b), end = column_blocks_.end(b);
-    const auto [first, last] = row_range(begin, end);
     const SlabRing<T>& scores = rows_[worker];
-    for (int64_t i = first; i < last; ++i) sum_patch(v, i, scores.row(0, i - first));
-    const T* sources[kMaxFuse];
-    for (int64_t i = begin; i < end; ++i) {
-      for (int d = -half; d <= half; ++d) {
-        const int32_t row = plan_.row_terms[d + half][i];
-        sources[d + half] = row < 0 ? nullptr : scores.row(0, row - first) + d;
-      }
-      T* to = column_row(v, i);
-      sum_rows(to, sources, 2 * half + 1, width);
-      T* ends = row_ends_.get() + i * half;  // what the previous key row's last scores add to this one's first
-      for (int u = 0; u < half; ++u) to[u] += ends[u];
-      std::fill_n(ends, half, T(0));
-      for (int d = 1; d <= half; ++d) {
-        if (sources[half - d])
-          for (int u = 0; u < d; ++u) ends[u] += sources[half - d][width + u];
-        if (v > 0 && sources[half + d])
-          for (int u = 0; u < d; ++u) column_row(v - 1, i)[width - d + u] += sources[half + d][u - d];
-      }
+    const RowBlock& block = row_blocks_[b];
+    T* own = scores.row(0, 0);
+    sum_patches(v, block.first, block.last, own, scores.stride(), grid_.width);
+    continue_past_row_ends(block, v, own, scores.stride());
+    Terms terms;
+    for (int d = -half; d <= half; ++d)
+      terms.add(own - block.first * scores.stride() + d, plan_.row_terms[d + half].data());
+    const int64_t begin = column_blocks_.begin(b);
+    sum_listed_rows(column_slab(v) + begin * column_ring_.stride(), column_ring_.stride(), terms.rows(scores.stride()),
+                    begin, column_blocks_.end(b), nullptr, grid_.width);
+  }
+
+  // Around S0 with key row v: the last keys of the row before it and the first of the row after it.
+  void continue_past_row_ends(const RowBlock& block, int64_t v, T* scores, int64_t stride) const {
+    const int64_t half = plan_.half, width = grid_.width, count = block.last - block.first;
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(block.ends.get() + i * half, half, scores + i * stride - half);
+      std::copy_n(scores + i * stride + width - half, half, block.ends.get() + i * half);
+    }
+    if (v + 1 < grid_.height) {
+      sum_patches(v + 1, block.first, block.last, scores + width, stride, half);
+    } else {
+      for (int64_t i = 0; i < count; ++i) std::fill_n(scores + i * stride + width, half, T(0));
     }
   }
 
@@ -473,15 +500,15 @@ class ScoreSweep {
   template <class Emit>
   void fuse_columns(int64_t worker, int64_t b, int64_t v, const Emit& emit) {
     const int half = plan_.half;
-    const T* sources[kMaxFuse];
+    Terms terms;
+    for (int e = -half; e <= half; ++e) {
+      const int64_t wrap = v + e < 0 ? -1 : v + e >= grid_.height ? 1 : 0;
+      terms.add(column_slab(v + e - wrap * grid_.height) + wrap, plan_.column_terms[e + half].data());
+    }
+    const ListedRows<T> rows = terms.rows(column_ring_.stride());
     T* line = line_[worker].get();
     for (int64_t i = score_blocks_.begin(b); i < score_blocks_.end(b); ++i) {
-      for (int e = -half; e <= half; ++e) {
-        const int32_t row = plan_.column_terms[e + half][i];
-        const int64_t wrap = v + e < 0 ? -1 : v + e >= grid_.height ? 1 : 0;
-        sources[e + half] = row < 0 ? nullptr : column_row(v + e - wrap * grid_.height, row) + wrap;
-      }
-      sum_rows(line, sources, 2 * half + 1, grid_.width);
+      sum_listed_rows(line, 0, rows, i, i + 1, nullptr, grid_.width);
       emit(v, i, line);
     }
   }
@@ -495,7 +522,7 @@ class ScoreSweep {
   int64_t workers_, kept_ = 0, correlation_border_ = 0, correlation_stride_ = 0;
   std::vector<CorrelationBlock<T>> blocks_;
   SlabRing<T> patch_ring_, column_ring_, kept_columns_;
-  Buffer<T> row_ends_;                          // [columns][half]
+  std::vector<RowBlock> row_blocks_;
   std::vector<Buffer<T>> correlations_, line_;  // per worker
   std::vector<SlabRing<T>> rows_;               // per worker
 };

@@ -5,6 +5,7 @@
 // number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -76,6 +77,10 @@ INPAINT_INLINE T max_of_lanes(Vector<T> v) {
   return max;
 }
 
+// Below this exp is not a normal number and counts as 0.
+template <class T>
+constexpr T kLowestExponent = sizeof(T) == 4 ? T(-87.33) : T(-708.39);
+
 // exp(x) for x <= 0, 0 below the smallest normal result, NaN for NaN. x = n ln 2 + r, |r| <= ln(2) / 2, and the Taylor
 // polynomial of exp(r): relative error below 1e-7 (float, degree 7) and 4e-16 (double, degree 13).
 template <class T>
@@ -85,7 +90,7 @@ INPAINT_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
   constexpr bool is_float = sizeof(T) == 4;
   constexpr int degree = is_float ? 7 : 13;
   constexpr int mantissa_bits = is_float ? 23 : 52;
-  constexpr T lowest = is_float ? T(-87.33) : T(-708.39);
+  constexpr T lowest = kLowestExponent<T>;
   constexpr T round_to_int = is_float ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa_bits
   constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
   constexpr T ln2_low = is_float ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
@@ -136,6 +141,60 @@ INPAINT_CLONES inline void sum_rows(double* to, const double* const* sources, in
   sum_rows_body(to, sources, count, length);
 }
 
+// Rows that are read by index: row i of term j starts at from[j] + index[j][i] * stride; a negative index is no row.
+template <class T>
+struct ListedRows {
+  const T* const* from;
+  const int32_t* const* index;
+  int count;  // of terms
+  int64_t stride;
+};
+
+// Row i of to = the sum over the terms of their row i, in their order, times `factor` where that is given; for i in
+// [begin, end). One call for a block of rows: with 64 keys a row is four vectors, less than a call costs.
+template <class T>
+INPAINT_INLINE void sum_listed_rows_body(T* to, int64_t to_stride, const ListedRows<T>& terms, int64_t begin,
+                                         int64_t end, const T* factor, int64_t length) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t whole = length / lanes * lanes, stride = terms.stride;
+  const int count = terms.count, leading = std::min(count, 3);
+  const T* from[3] = {};
+  const int32_t* index[3] = {};
+  for (int j = 0; j < leading; ++j) from[j] = terms.from[j], index[j] = terms.index[j];
+  for (int64_t i = begin; i < end; ++i, to += to_stride) {
+    const T* rows[3];
+    int used = 0;
+    for (int j = 0; j < leading; ++j)
+      if (const int32_t row = index[j][i]; row >= 0) rows[used++] = from[j] + row * stride;
+    if (used == 3 && count == 3) {
+      const T *a = rows[0], *b = rows[1], *c = rows[2];
+      for (int64_t u = 0; u < whole; u += lanes) {
+        const Vector<T> sum = load<Vector<T>>(a + u) + load<Vector<T>>(b + u) + load<Vector<T>>(c + u);
+        store(to + u, factor ? sum * load<Vector<T>>(factor + u) : sum);
+      }
+      for (int64_t u = whole; u < length; ++u) to[u] = (a[u] + b[u] + c[u]) * (factor ? factor[u] : T(1));
+      continue;
+    }
+    for (int64_t u = 0; u < length; ++u) to[u] = used > 0 ? rows[0][u] : T(0);
+    for (int j = 1; j < used; ++j)
+      for (int64_t u = 0; u < length; ++u) to[u] += rows[j][u];
+    for (int j = 3; j < count; ++j) {
+      const int32_t row = terms.index[j][i];
+      for (int64_t u = 0; row >= 0 && u < length; ++u) to[u] += terms.from[j][row * stride + u];
+    }
+    for (int64_t u = 0; factor && u < length; ++u) to[u] *= factor[u];
+  }
+}
+
+INPAINT_CLONES inline void sum_listed_rows(float* to, int64_t to_stride, const ListedRows<float>& terms, int64_t begin,
+                                           int64_t end, const float* factor, int64_t length) {
+  sum_listed_rows_body(to, to_stride, terms, begin, end, factor, length);
+}
+INPAINT_CLONES inline void sum_listed_rows(double* to, int64_t to_stride, const ListedRows<double>& terms,
+                                           int64_t begin, int64_t end, const double* factor, int64_t length) {
+  sum_listed_rows_body(to, to_stride, terms, begin, end, factor, length);
+}
+
 // to[i] *= factor[i].
 template <class T>
 INPAINT_INLINE void multiply_row_body(T* __restrict to, const T* __restrict factor, int64_t length) {
@@ -149,6 +208,31 @@ INPAINT_CLONES inline void multiply_row(double* to, const double* factor, int64_
   multiply_row_body(to, factor, length);
 }
 
+// to[i] = sum over the rows of weights[t] * rows[t][i], in their order.
+template <class T>
+INPAINT_INLINE void weighted_sum_body(T* __restrict to, const T* const* rows, const T* weights, int count,
+                                      int64_t length) {
+  int next = std::min(count, 4);
+  if (next == 4) {
+    for (int64_t i = 0; i < length; ++i)
+      to[i] = weights[0] * rows[0][i] + weights[1] * rows[1][i] + weights[2] * rows[2][i] + weights[3] * rows[3][i];
+  } else {
+    next = std::min(count, 1);
+    for (int64_t i = 0; i < length; ++i) to[i] = next > 0 ? weights[0] * rows[0][i] : T(0);
+  }
+  for (; next < count; ++next)
+    for (int64_t i = 0; i < length; ++i) to[i] += weights[next] * rows[next][i];
+}
+
+INPAINT_CLONES inline void weighted_sum(float* to, const float* const* rows, const float* weights, int count,
+                                        int64_t length) {
+  weighted_sum_body(to, rows, weights, count, length);
+}
+INPAINT_CLONES inline void weighted_sum(double* to, const double* const* rows, const double* weights, int count,
+                                        int64_t length) {
+  weighted_sum_body(to, rows, weights, count, length);
+}
+
 // to[i] += weight * from[i].
 template <class T>
 INPAINT_INLINE void add_scaled_row_body(T* __restrict to, const T* __restrict from, T weight, int64_t length) {
@@ -160,6 +244,19 @@ INPAINT_CLONES inline void add_scaled_row(float* to, const float* from, float we
 }
 INPAINT_CLONES inline void add_scaled_row(double* to, const double* from, double weight, int64_t length) {
   add_scaled_row_body(to, from, weight, length);
+}
+
+// Whether exp(row[i] - max) is not 0 for any i; a NaN is not.
+template <class T>
+INPAINT_INLINE bool exp_is_nonzero(const T* row, T max, int64_t length) {
+  typedef typename VectorOf<LaneInt<T>>::type IntVector;
+  IntVector alive = {};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= length; i += kLanes<T>) alive |= ~(load<Vector<T>>(row + i) - max < kLowestExponent<T>);
+  LaneInt<T> some = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) some |= alive[lane];
+  for (; i < length; ++i) some |= !(row[i] - max < kLowestExponent<T>);
+  return some != 0;
 }
 
 // to[i] = from[i] * scale[i] + bias[i]; the largest of them (-inf for none). NaN is stored but not the largest.
@@ -191,23 +288,34 @@ INPAINT_CLONES inline double affine_max(double* to, const double* from, const do
   return affine_max_body(to, from, scale, bias, length);
 }
 
+// The same, and whether any of them counts in a softmax whose largest logit is at least `seen`: in a saturated one most
+// rows do not. A NaN counts.
+template <class T>
+INPAINT_INLINE T affine_alive_body(T* __restrict to, const T* __restrict from, const T* __restrict scale,
+                                   const T* __restrict bias, int64_t length, T seen, bool* alive) {
+  const T largest = affine_max_body(to, from, scale, bias, length);
+  *alive = exp_is_nonzero(to, seen, length);
+  return largest;
+}
+
+INPAINT_CLONES inline float affine_alive(float* to, const float* from, const float* scale, const float* bias,
+                                         int64_t length, float seen, bool* alive) {
+  return affine_alive_body(to, from, scale, bias, length, seen, alive);
+}
+INPAINT_CLONES inline double affine_alive(double* to, const double* from, const double* scale, const double* bias,
+                                          int64_t length, double seen, bool* alive) {
+  return affine_alive_body(to, from, scale, bias, length, seen, alive);
+}
+
 // row[i] = exp(row[i] - max), times keep[i] where keep is given; their sum before `keep`. Rows whose results are all 0
 // are left as they are: `any` tells.
 template <class T>
 INPAINT_INLINE T exp_row_body(T* row, const T* keep, T max, int64_t length, bool* any) {
-  // A row of a saturated softmax is mostly zero: look first, most rows are then read once and not written.
-  constexpr T lowest = sizeof(T) == 4 ? T(-87.33) : T(-708.39);
-  typedef typename VectorOf<LaneInt<T>>::type IntVector;
-  IntVector alive = {};
-  int64_t i = 0;
-  for (; i + kLanes<T> <= length; i += kLanes<T>) alive |= ~(load<Vector<T>>(row + i) - max < lowest);
-  LaneInt<T> some = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) some |= alive[lane];
-  for (; i < length; ++i) some |= !(row[i] - max < lowest);
-  *any = some != 0;
+  *any = exp_is_nonzero(row, max, length);
   if (!*any) return 0;
   Vector<T> sum = {};
-  for (i = 0; i + kLanes<T> <= length; i += kLanes<T>) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= length; i += kLanes<T>) {
     const Vector<T> e = exp_nonpositive<T>(load<Vector<T>>(row + i) - max);
     sum += e;
     store(row + i, keep ? e * load<Vector<T>>(keep + i) : e);

@@ -136,15 +136,13 @@ def _only_computes(problem: _Problem) -> bool:
 
     The dispatcher, autograd and autocast layers of a Python op cost 20 us a call, as much as a kernel on a small map.
     """
-    query, key, value = problem[:3]
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled(query.device.type)
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        or type(query) is not Tensor
-        or type(key) is not Tensor
-        or type(value) is not Tensor
+    query, key, value, *_ = problem
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu" if query.is_cpu else query.device.type)
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -190,11 +188,18 @@ def _pose(
     """Check the arguments and bring them to the matching grid; also the bool [hq, wq] mask of wanted queries."""
     semantics = resolve_preset(preset, overrides)
     rate = semantics.rate if semantics.grid != "none" else 1
-    _check_maps(f, b, value, semantics, rate)
-    query_size = (f.shape[2] // rate, f.shape[3] // rate)
-    key_size = (b.shape[2] // rate, b.shape[3] // rate)
+    query_size = _check_map("f", f, rate, semantics)
     query = resample(f, query_size, semantics.grid, rate)
-    key = query if b is f else resample(b, key_size, semantics.grid, rate)
+    key_size, key = query_size, query
+    if b is not f:
+        key_size = _check_map("b", b, rate, semantics, like=f)
+        key = resample(b, key_size, semantics.grid, rate)
+    if value is None:
+        value = b
+    else:
+        check_shape("value", value, "B Cv Hv Wv", B=f.shape[0])
+        check_same_device(f=f, value=value)
+        check_same_dtype(f=f, value=value)
     valid = None
     if mask is not None:
         _check_mask(mask, f, b)
@@ -205,7 +210,7 @@ def _pose(
     if key_bias is not None:
         _check_per_key("key_bias", key_bias, f, key_size)
     selected = None if queries is None else query_mask(queries, query_size, f.device)
-    return _Problem(query, key, b if value is None else value, valid, key_scale, key_bias, semantics), selected
+    return _Problem(query, key, value, valid, key_scale, key_bias, semantics), selected
 
 
 def resolve_preset(preset: str | ContextualAttentionPreset, overrides: dict[str, Any]) -> ContextualAttentionPreset:
@@ -225,23 +230,19 @@ def resolve_preset(preset: str | ContextualAttentionPreset, overrides: dict[str,
     return preset
 
 
-def _check_maps(f: Tensor, b: Tensor, value: Tensor | None, semantics: ContextualAttentionPreset, rate: int) -> None:
-    sizes = check_shape("f", f, "B C H W")
-    check_floating("f", f)
-    if b is not f:
-        check_shape("b", b, "B C Hb Wb", B=sizes["B"], C=sizes["C"])
-    if value is not None:
-        check_shape("value", value, "B Cv Hv Wv", B=sizes["B"])
-    if b is not f or value is not None:
-        check_same_device(f=f, b=b, value=value)
-        check_same_dtype(f=f, b=b, value=value)
-    _check_map_size("f", f, rate, semantics)
-    if b is not f:
-        _check_map_size("b", b, rate, semantics)
-
-
-def _check_map_size(name: str, x: Tensor, rate: int, semantics: ContextualAttentionPreset) -> None:
-    height, width = x.shape[2], x.shape[3]
+def _check_map(
+    name: str, x: Tensor, rate: int, semantics: ContextualAttentionPreset, like: Tensor | None = None
+) -> tuple[int, int]:
+    """Check f, or b against f; the size of its matching grid."""
+    if like is None:
+        sizes = check_shape(name, x, "B C H W")
+        check_floating(name, x)
+        height, width = sizes["H"], sizes["W"]
+    else:
+        sizes = check_shape(name, x, "B C Hb Wb", B=like.shape[0], C=like.shape[1])
+        check_same_device(f=like, **{name: x})
+        check_same_dtype(f=like, **{name: x})
+        height, width = sizes["Hb"], sizes["Wb"]
     if height < rate or width < rate:
         raise ValueError(f"{name}: expected H and W of at least rate={rate}, got H={height}, W={width}")
     if not semantics.odd_sizes and (height % rate or width % rate):
@@ -249,6 +250,7 @@ def _check_map_size(name: str, x: Tensor, rate: int, semantics: ContextualAttent
             f"{name}: expected H and W divisible by rate={rate} (this preset is not defined elsewhere; "
             f"odd_sizes=True crops), got H={height}, W={width}"
         )
+    return height // rate, width // rate
 
 
 def query_mask(queries: Box | Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -349,13 +351,13 @@ def _prepare(
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
-    if problem.query.device.type != "cpu":
+    if not problem.query.is_cpu:
         return [f"the tensors are on {problem.query.device}, not on the CPU"]
     missing = _native.why_not("contextual_attention_forward", "CPU")
     if missing is not None:
         return [missing]
     halo = problem.semantics.fuse // 2
-    if min(*problem.query.shape[2:], *problem.key.shape[2:]) < halo:
+    if halo > 1 and min(*problem.query.shape[2:], *problem.key.shape[2:]) < halo:
         return [f"a matching grid is smaller than fuse // 2 = {halo}"]
     return []
 
@@ -409,12 +411,11 @@ _BACKWARD = {"cpu": _cpu_backward, "portable": portable.backward, "reference": r
 
 @torch.library.impl(_library, "contextual_attention", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, backend = rest
+    valid, key_scale, key_bias, selected, *semantics, backend = rest
     dtype = _accumulation_dtype(query)
     maps = _strided_maps if backend == "cpu" else _dense_maps
-    output, index, maximum = _FORWARD[backend](
-        *maps(dtype, query, key, value), *_dense_per_position(dtype, *arguments[:4]), *arguments[4:]
-    )
+    per_position = _dense_per_position(dtype, valid, key_scale, key_bias, selected)
+    output, index, maximum = _FORWARD[backend](*maps(dtype, query, key, value), *per_position, *semantics)
     return _cast(output, value.dtype), index, maximum
 
 
