@@ -23,6 +23,7 @@ from inpaint_kernels import contextual_attention
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
 CALLS: Final = 1000
+CHANNELS: Final = 2
 RATE: Final = 2
 KERNEL, PUBLIC = "kernel", "public call"
 NIPPONJO: Final = (3, "max", 1e-4, 3, 10.0, "multiply", -1000.0, None, RATE, 4, 1, 1, 4.0)
@@ -56,11 +57,20 @@ class OverheadCase:
         )
 
     def facts(self) -> Mapping[str, Any]:
-        return {"op": "call overhead", "case": str(self), "size": self.size}
+        positions = (self.size // RATE) ** 2
+        return {
+            "op": "call overhead",
+            "case": str(self),
+            "size": self.size,
+            "keys": positions,
+            "queries": positions,
+            "direction": "forward",
+            "channels": CHANNELS,
+        }
 
 
 def _maps(case: OverheadCase) -> tuple[Tensor, Tensor]:
-    features = torch.randn(1, 2, case.size, case.size, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(1, CHANNELS, case.size, case.size, generator=torch.Generator().manual_seed(0))
     return features, features
 
 

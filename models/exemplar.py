@@ -22,6 +22,7 @@ from inpaint_kernels.models.patch_synthesis import (
     city_block_distance,
     dilate,
     synthesise,
+    tunables_for,
 )
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ def _check(image: Tensor, mask: Tensor, method: str, seed: int, tunables: dict[s
     names = [field.name for field in dataclasses.fields(Tunables)]
     for name in tunables:
         check_choice("tunables", name, names)
-    return Tunables(**tunables)
+    return tunables_for(mask, **tunables) if mask.any() else Tunables(**tunables)
 
 
 def _silent(share: float, stage: str) -> None:

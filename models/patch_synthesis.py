@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,18 @@ Report = Callable[[float, str], None]
 _CONVERGED = 4e-4
 # A level needs this many known patches to be worth starting at.
 _ENOUGH_PATCHES = 64
+# Width in pixels up to which a hole is filled like a brush stroke. There small patches, which compare little but what is
+# known on both sides, keep more of a photo's detail (gradient energy of four photos under strokes of 20 pixels: 0.60 of
+# the truth with the patches for wide holes, 0.81 with these).
+_NARROW = 40
+_NARROW_PATCH, _NARROW_TEXTURE = 5, 12.0
 # Comparisons of patches in one exhaustive round, about a second; a photo with more of them begins at a coarser level.
 _EXHAUSTIVE_BUDGET = 2e8
 
 
 @dataclass(frozen=True)
 class Tunables:
-    """What can be changed about the synthesis.
+    """What can be changed about the synthesis. The defaults are those for wide holes, see :func:`tunables_for`.
 
     Attributes:
         coarsest: longer side in pixels at which synthesis may begin, roughly (sides are halved from level to level).
@@ -78,6 +84,14 @@ class Tunables:
         check_range("texture", self.texture, minimum=0)
         check_range("gamma", self.gamma, minimum=1)
         check_range("bandwidth", self.bandwidth, minimum=1e-3)
+
+
+def tunables_for(hole: Tensor, **chosen: Any) -> Tunables:
+    """The tunables that suit a hole [H, W] bool, but for those that are chosen."""
+    # A band of width w has its pixels at w / 4 from the border, on the mean.
+    width = 4 * float(city_block_distance(hole)[hole].mean())
+    suited = {"patch": _NARROW_PATCH, "texture": _NARROW_TEXTURE} if width <= _NARROW else {}
+    return Tunables(**{**suited, **chosen})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -225,6 +227,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @on_every_backend
+def test_float32_error_of_means_over_62500_keys(backend):
+    f, b = torch.rand(1, 2, 8, 8), torch.rand(1, 2, 500, 500)
+    options = {"preset": "nipponjo", "scale": 0.1}
+    expected = contextual_attention(f.double(), b.double(), backend="reference", **options)
+    output = contextual_attention(f, b, backend=backend, **options)
+    assert float((output - expected).abs().max() / expected.abs().max()) < 3e-6
+
+
+@on_every_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("preset", ["nipponjo", "pennet"])
 def test_layouts_give_the_same_bits(backend, layout, preset):
@@ -411,3 +422,23 @@ def test_batch_of_zero(backend):
     x = torch.zeros(0, 3, 8, 12)
     result = contextual_attention(x, x, return_offsets=True, backend=backend)
     assert [list(y.shape) for y in result] == [[0, 3, 8, 12], [0, 2, 4, 6], [0, 4, 6]]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU kernel")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_little_memory_is_kept_between_calls():
+    code = """
+import ctypes, torch, inpaint_kernels as ik
+def resident():
+    ctypes.CDLL(None).malloc_trim(0)
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:")) / 1024
+def call(size):
+    ik.contextual_attention(torch.zeros(1, 4, size, size), torch.zeros(1, 4, size, size))
+call(16)
+before = resident()
+for size in (96, 128, 160, 112, 144, 128, 96):
+    call(size)
+print(resident() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 64 + 16  # MiB; kMostKept in csrc/cpu/memory.h, and what torch itself keeps

@@ -88,7 +88,16 @@ def test_textures_keep_their_sharpness_and_show_no_seam(name, box):
     assert gradient_energy(telea(truth, mask), mask) / gradient_energy(truth, mask) < 0.35
 
 
-@pytest.mark.parametrize(("name", "gain"), [("brick", 0.5), ("coffee", 0.0)])
+@pytest.mark.parametrize("width", [12, 28])
+@pytest.mark.parametrize("name", ["astronaut", "brick", "camera", "chelsea", "coffee", "gravel", "rocket"])
+def test_brush_strokes_over_any_photo_keep_its_sharpness(name, width):
+    truth = photo(name)
+    mask = strokes((truth.shape[1], truth.shape[2]), width)
+    output = fill(truth, mask).output
+    assert 0.7 < gradient_energy(output, mask) / gradient_energy(truth, mask) < 1.3
+
+
+@pytest.mark.parametrize(("name", "gain"), [("brick", 0.5), ("coffee", 0.5)])
 def test_brush_strokes(name, gain):
     truth = photo(name)
     mask = strokes((truth.shape[1], truth.shape[2]), width=20)
@@ -198,9 +207,11 @@ def test_a_flat_photo_stays_flat():
 def test_without_a_known_patch():
     image, mask = torch.rand(1, 40, 40), torch.ones(40, 40, dtype=torch.bool)
     mask[::6, ::6] = False
-    with pytest.raises(ValueError, match="mask: no patch of 9x9 pixels is known entirely"):
+    with pytest.raises(ValueError, match="mask: no patch of 5x5 pixels is known entirely"):
         fill(image, mask, method="exemplar")
     assert fill(image, mask).method == "diffusion"
+    with pytest.raises(ValueError, match="mask: no patch of 9x9 pixels is known entirely"):
+        fill(image, mask, method="exemplar", patch=9)
     mask[:] = True
     mask[0] = False
     result = fill(image, mask)

@@ -11,8 +11,6 @@
 // ring.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <memory>
 #include <optional>
@@ -20,50 +18,16 @@
 
 #include "../common.h"
 #include "../math/contextual_attention.h"
+#include "memory.h"
 #include "simd.h"
 #include "tasks.h"
 #include "tile_gemm.h"
 
 namespace inpaint {
 
-constexpr int64_t kAlignment = 64;
 constexpr int64_t kRowsPerBlock = 192;  // a multiple of kTileRows whose correlations with a key row fit in L2
 
 constexpr int kMaxPatch = 63, kMaxFuse = 63;  // sources of one diagonal sum
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
-// Large buffers ask for huge pages: a strip of 68 MB is otherwise 17,000 page faults (measured: a fifth of a forward).
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
-inline void* allocate(int64_t bytes) {
-  const bool large = bytes >= 2 * kHugePage;
-  const int64_t alignment = large ? kHugePage : kAlignment;
-  void* memory = std::aligned_alloc(alignment, round_up(std::max<int64_t>(bytes, 1), alignment));
-  STD_TORCH_CHECK(memory != nullptr, "inpaint_kernels: out of memory, ", bytes, " bytes were needed");
-#ifdef MADV_HUGEPAGE
-  if (large) madvise(memory, round_up(bytes, alignment), MADV_HUGEPAGE);
-#endif
-  return memory;
-}
-
-// Memory that is not initialised, or zeroed on request; for trivially constructible types.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size, bool zeroed = false) : data_(static_cast<T*>(allocate(size * sizeof(T)))) {
-    if (zeroed) std::memset(data_.get(), 0, size * sizeof(T));
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T[], Free> data_;
-};
 
 struct GridSize {
   int64_t height, width;
