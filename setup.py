@@ -4,8 +4,9 @@ The native library needs a C++ compiler, ninja and the headers of torch >= 2.10;
 Nothing here is required: without them the installation succeeds, says in one sentence what is missing, and the
 package runs on its portable and Triton backends. An error in our own sources, on a compiler that works, does fail.
 
-Environment: INPAINT_CUDA=auto|0|1 (1 makes a missing nvcc an error), INPAINT_CUDA_ARCH="80;90a;100+PTX",
-INPAINT_DEBUG=1 (-O0 -g), MAX_JOBS, CXX, CUDA_HOME.
+Environment: INPAINT_NATIVE=0 (the pure-Python package), INPAINT_CUDA=auto|0|1 (1 makes a missing nvcc an error),
+INPAINT_CUDA_ARCH="80;90a;100+PTX", INPAINT_CUDA_HOME (the toolkit to use, 12.4 or newer), INPAINT_DEBUG=1 (-O0 -g),
+MAX_JOBS, CXX, CUDA_HOME.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -38,11 +40,18 @@ RECORD = "_build.json"
 # One library for every torch from this version on: LibTorch's stable ABI.
 TORCH_MINIMUM = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"
+CUDA_MINIMUM = (12, 4)
 CUDA_ARCHITECTURES = ("75", "80", "90+PTX")
+DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 
 # No -march and no other -m flag: kernels that need AVX2 or AVX-512 carry function target attributes.
 OPTIMISE = ["-O0", "-g"] if os.environ.get("INPAINT_DEBUG") == "1" else ["-O3"]
 CXX_FLAGS = ["-std=c++17", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# nvcc's messages are kept beside the object, and shown without ptxas's report, which benches/evidence.py reads there.
+KEEP_RESOURCE_REPORT = (
+    "--resource-usage > $out.log 2>&1 || { cat $out.log; exit 1; }; "
+    "grep -vE '^ptxas info|bytes stack frame' $out.log || true"
+)
 NVCC_FLAGS = ["-std=c++17", *OPTIMISE, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -118,13 +127,25 @@ def read_text(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
 
 
+def find_nvcc() -> tuple[str, str]:
+    """Path and version of nvcc: the one in INPAINT_CUDA_HOME and no other, or else the first that is found."""
+    own = os.environ.get("INPAINT_CUDA_HOME")
+    homes = [os.environ["CUDA_HOME"]] if os.environ.get("CUDA_HOME") else []
+    candidates = [f"{own}/bin/nvcc"] if own else [*(f"{home}/bin/nvcc" for home in homes), "nvcc", DEFAULT_NVCC]
+    nvcc = next((path for path in map(shutil.which, candidates) if path), None)
+    if nvcc is None:
+        raise MissingToolError("INPAINT_CUDA_HOME has no bin/nvcc" if own else "nvcc was not found")
+    version = re.search(r"V((\d+)\.(\d+)\.\d+)", output_of(nvcc, "--version"))
+    if version is None:
+        raise MissingToolError(f"{nvcc} does not tell its version")
+    if (int(version[2]), int(version[3])) < CUDA_MINIMUM:
+        raise MissingToolError(f"nvcc {version[1]} is too old ({CUDA_MINIMUM[0]}.{CUDA_MINIMUM[1]} or newer is needed)")
+    return nvcc, version[1]
+
+
 def find_cuda(cxx: str) -> Cuda:
     """nvcc, after it has accepted the host compiler, with the architectures to compile for."""
-    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    found = [str(home / "bin/nvcc") for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    nvcc = next((path for path in map(shutil.which, found) if path), None)
-    if nvcc is None:
-        raise MissingToolError("nvcc was not found")
+    nvcc, version = find_nvcc()
     host_compiler = f"-ccbin={cxx}"
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch, "probe.cu")
@@ -136,10 +157,7 @@ def find_cuda(cxx: str) -> Cuda:
     library_dir = next((path for path in library_dirs if (path / "libcudart_static.a").is_file()), None)
     if library_dir is None:
         raise MissingToolError(f"{nvcc} has no libcudart_static.a")
-    version = re.search(r"V(\d+\.\d+\.\d+)", output_of(nvcc, "--version"))
-    if version is None:
-        raise MissingToolError(f"{nvcc} does not tell its version")
-    return Cuda(Path(nvcc), library_dir, version[1], choose_architectures(nvcc))
+    return Cuda(Path(nvcc), library_dir, version, choose_architectures(nvcc))
 
 
 def choose_architectures(nvcc: str) -> tuple[str, ...]:
@@ -172,6 +190,8 @@ def find_toolchain() -> Toolchain | str:
     if cuda_wish not in ("auto", "0", "1"):
         raise SystemExit(f"INPAINT_CUDA: expected 'auto', '0' or '1', got {cuda_wish!r}")
     try:
+        if os.environ.get("INPAINT_NATIVE") == "0":
+            raise MissingToolError("pure Python was asked for (INPAINT_NATIVE=0)")
         if sys.platform != "linux":
             raise MissingToolError(f"native kernels are built on Linux only, not on {sys.platform}")
         cxx, cxx_version = find_cxx()
@@ -187,6 +207,8 @@ def find_toolchain() -> Toolchain | str:
     try:
         return Toolchain(cxx, cxx_version, torch, torch_version, find_cuda(cxx), None)
     except MissingToolError as missing:
+        if os.environ.get("INPAINT_CUDA_HOME"):
+            raise SystemExit(f"INPAINT_CUDA_HOME={os.environ['INPAINT_CUDA_HOME']}, but {missing}") from None
         if cuda_wish == "1":
             raise SystemExit(f"INPAINT_CUDA=1, but {missing}") from None
         return Toolchain(cxx, cxx_version, torch, torch_version, None, str(missing))
@@ -205,10 +227,11 @@ def write_ninja_file(tools: Toolchain) -> None:
         ninja = writer(file, width=120)
         ninja.comment("Written by setup.py.")
         ninja.variable("builddir", str(BUILD_DIR))
-        for rule, command in compile_commands(tools).items():
+        for rule, compiler in compile_commands(tools).items():
+            command = f"{shell_line(compiler)} -MD -MF $out.d -c $in -o $out"
             ninja.rule(
                 rule,
-                command=f"{shell_line(command)} -MD -MF $out.d -c $in -o $out",
+                command=f"{command} {KEEP_RESOURCE_REPORT}" if rule == "nvcc" else command,
                 depfile="$out.d",
                 deps="gcc",
                 description=f"{rule} $in",
@@ -244,12 +267,22 @@ def compile_commands(tools: Toolchain) -> dict[str, list[str]]:
 def link_flags(tools: Toolchain) -> list[str]:
     # A CUDA torch's libtorch.so is what leads to the CUDA symbols that csrc/common.h declares weak. Nothing in it is
     # referenced by name, so the linker would drop it, and they would silently be null.
-    flags = [f"-L{tools.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+    flags = [f"-L{tools.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", *older_glibc_flags(), "-Wl,--as-needed"]
+    flags += ["-ltorch_cpu", "-lc10"]
     if tools.cuda is not None:
         # --exclude-libs keeps this copy of the CUDA runtime invisible to torch's own.
         cudart = ["-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
         flags += [f"-L{tools.cuda.library_dir}", *cudart]
     return flags
+
+
+def older_glibc_flags() -> list[str]:
+    """What csrc/manylinux.cpp asks of the linker, with the libraries that hold its functions before glibc 2.34."""
+    if platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc":
+        return []
+    names = re.findall(r"^INPAINT_OLD_SYMBOL\((\w+), \"", read_text(ROOT / "csrc/manylinux.cpp"), flags=re.MULTILINE)
+    libraries = ["-l:libdl.so.2", "-l:libpthread.so.0", "-l:librt.so.1"] if names else []
+    return [*libraries, *(f"-Wl,--wrap={name}" for name in names)]
 
 
 def compile_library(tools: Toolchain) -> Path:
@@ -301,7 +334,10 @@ class BuildNative(Command):
     """Sub-command of `build`: the native library and its build record (setuptools.command.build.SubCommand)."""
 
     description = "build the native library, if the tools for it are there"
-    user_options: ClassVar[list[tuple[str, str, str]]] = [("inplace", "i", "put the library into the checkout")]
+    user_options: ClassVar[list[tuple[str, str, str]]] = [
+        ("inplace", "i", "put the library into the checkout"),
+        ("build-lib=", "b", "put it into a package below this folder"),
+    ]
     boolean_options: ClassVar[list[str]] = ["inplace"]
 
     def initialize_options(self) -> None:

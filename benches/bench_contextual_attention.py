@@ -19,12 +19,11 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benches.conftest import CLOCK, Race, peers_folder
@@ -32,6 +31,9 @@ from benches.harness import Outputs, Provider
 from benches.peers import available_ports, load_port
 from inpaint_kernels import contextual_attention
 from inpaint_kernels.reference import contextual_attention as reference
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 

@@ -13,17 +13,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benches.conftest import CLOCK, Race
 from benches.harness import Outputs, Provider
 from inpaint_kernels import match_patches
 from inpaint_kernels.reference import match_patches as reference
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 

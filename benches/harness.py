@@ -7,9 +7,11 @@ What a race does, in this order:
    Free heap pages are returned first (``malloc_trim``), then Linux's high-water mark is reset
    (``/proc/self/clear_refs``). All in one process: a fresh one per provider would add its own start-up to the figure,
    and a fork after OpenMP threads have started is not safe. The output counts, the inputs do not. Linux only.
+   On a GPU it is what torch's allocator held at most, over what it held before.
 3. *Interleaved rounds.* All providers run once per round and the starting provider rotates, so that a busy moment of
    the machine hits all of them. Ratios are taken within a round. One provider (the quickest) runs twice per round;
-   the difference between its two times is the noise that is reported.
+   the difference between its two times is the noise that is reported. On a GPU the wall time is that between two
+   events around the call, after something else has been written over the cache.
 
 pytest-benchmark times one function after the other, which is the opposite of step 3. So the race takes the samples,
 and each provider's benchmark hands them to ``benchmark.pedantic`` through a :class:`ReplayClock`; statistics, tables,
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import gc
 import math
 import os
@@ -57,6 +60,7 @@ class Provider:
         select: the part of the outputs to compare with ``expected``; None: all of them.
         warm_up: called once before anything is measured (one-time initialisation, compilation).
         scale: factor on the measured seconds, for a provider that runs only a sample of its work.
+        device: where it computes, "cpu" or "cuda".
     """
 
     name: str
@@ -65,6 +69,7 @@ class Provider:
     select: Callable[[Outputs], Outputs] | None = None
     warm_up: Callable[[], object] | None = None
     scale: float = 1.0
+    device: str = "cpu"
 
 
 @dataclass
@@ -105,7 +110,7 @@ def relative_errors(outputs: Outputs, expected: Outputs) -> list[float]:
     if len(outputs) != len(expected):
         raise ValueError(f"outputs: expected {len(expected)} tensors, got {len(outputs)}")
     return [
-        ((out.double() - want.double()).abs().max() / want.double().abs().max()).item()
+        ((out.double() - want.to(out.device).double()).abs().max() / want.double().abs().max().to(out.device)).item()
         for out, want in zip(outputs, expected, strict=True)
     ]
 
@@ -160,12 +165,11 @@ def _first_call(provider: Provider, tolerances: Sequence[float], measurement: Me
 
     def timed_run() -> Outputs:
         nonlocal elapsed
-        started = time.perf_counter()
-        outputs = provider.run()
-        elapsed = time.perf_counter() - started
+        outputs, elapsed, _ = timed(provider.run, provider.device)
         return outputs
 
-    outputs, measurement.peak_extra_bytes = with_peak_memory(timed_run)
+    peak_memory_of = with_peak_memory if provider.device == "cpu" else with_peak_gpu_memory
+    outputs, measurement.peak_extra_bytes = peak_memory_of(timed_run)
     if provider.expected is None:
         return elapsed
     compared = outputs if provider.select is None else provider.select(outputs)
@@ -181,12 +185,38 @@ def _first_call(provider: Provider, tolerances: Sequence[float], measurement: Me
 
 
 def _time_once(provider: Provider, measurement: Measurement) -> None:
-    wall, cpu = time.perf_counter(), time.process_time()
-    outputs = provider.run()
-    cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
-    del outputs
+    _, wall_seconds, cpu_seconds = timed(provider.run, provider.device)
     measurement.wall.append(wall_seconds * provider.scale)
     measurement.cpu.append(cpu_seconds * provider.scale)
+
+
+def timed(run: Callable[[], Outputs], device: str) -> tuple[Outputs, float, float]:
+    """What one call returns, and its wall and CPU seconds."""
+    if device != "cpu":
+        return _timed_on_gpu(run)
+    wall, cpu = time.perf_counter(), time.process_time()
+    outputs = run()
+    cpu_seconds, wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    return outputs, wall_seconds, cpu_seconds
+
+
+def _timed_on_gpu(run: Callable[[], Outputs]) -> tuple[Outputs, float, float]:
+    """The wall seconds are those of the GPU: the calls before must be over, or the events would wait for them."""
+    _overwritten_cache().zero_()
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    cpu = time.process_time()
+    start.record()
+    outputs = run()
+    end.record()
+    end.synchronize()
+    return outputs, start.elapsed_time(end) / 1e3, time.process_time() - cpu
+
+
+@functools.cache
+def _overwritten_cache() -> Tensor:
+    """Several times the largest cache of a GPU."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -203,6 +233,17 @@ def with_peak_memory(run: Callable[[], Outputs]) -> tuple[Outputs, int | None]:
     before = _status_bytes("VmRSS")
     outputs = run()
     return outputs, max(0, _status_bytes("VmHWM") - before)
+
+
+def with_peak_gpu_memory(run: Callable[[], Outputs]) -> tuple[Outputs, int]:
+    """Run once; also the bytes by which torch's GPU allocations grew at their peak."""
+    _overwritten_cache()  # allocated now, or it would count
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = run()
+    torch.cuda.synchronize()
+    return outputs, torch.cuda.max_memory_allocated() - before
 
 
 def _return_free_memory() -> None:

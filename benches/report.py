@@ -1,12 +1,15 @@
 """Turns benchmark JSON into tables and a plot.
 
     python benches/report.py                      all tables, as Markdown
-    python benches/report.py --update README.md   the summary, between the two marker lines in that file
+    python benches/report.py --update README.md   the summary and the GPU tables, between marker lines in that file
     python benches/report.py --plot times.png     seconds over number of keys
 
 Reads ``benches/results/*.json`` as pytest-benchmark wrote them (``--benchmark-json``); of a case that several files
 hold, the newest race counts. Public ports run in both memory layouts: the better figure of each kind is shown. Ratios
 are medians over the rounds of one race.
+
+The GPU tables are made of ``results/gpu_evidence.json`` (evidence.py) and of the runs in ``results/<gpu>/`` (gpu.py): a
+figure that was measured on a GPU is shown only where such a run is committed.
 """
 
 from __future__ import annotations
@@ -23,10 +26,18 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 OWN = (OURS, "portable", NAIVE, "naive compiled")
 YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
+# Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
+# measured. A tf32 or bf16 product runs on the matrix units.
+H200_DATASHEET: dict[str, Any] = {
+    "copy_bytes_per_second": 4.8e12,
+    "flops_per_second": {"float32": 67e12, "tf32": 494e12, "bfloat16": 989e12},
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,9 @@ Races = dict[str, dict[str, Contender]]
 def load(paths: Iterable[Path]) -> Races:
     """Contenders by race ("op, case") and name, from pytest-benchmark's JSON files."""
     races: Races = {}
-    for document in sorted((json.loads(path.read_text()) for path in paths), key=lambda document: document["datetime"]):
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    races_only = [document for document in documents if "benchmarks" in document]
+    for document in sorted(races_only, key=lambda document: document["datetime"]):
         entries: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
         for benchmark in document["benchmarks"]:
             info = benchmark["extra_info"]
@@ -217,6 +230,8 @@ def _largest_error(contender: Contender) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
@@ -229,13 +244,167 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
-def update_between_markers(document: str, text: str) -> str:
+def update_between_markers(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """``document`` with ``text`` between its two marker lines."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"document: expected one line {BEGIN!r} and after it one line {END!r}")
-    head, rest = document.split(BEGIN)
-    tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"document: expected one line {begin!r} and after it one line {end!r}")
+    head, rest = document.split(begin)
+    tail = rest.split(end)[1]
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+# GPU -----------------------------------------------------------------------------------------------------------------
+
+
+def gpu_summary(results: Path = RESULTS) -> str:
+    """The README's GPU part: times over their floors, and what is known of every kernel."""
+    evidence = json.loads((results / "gpu_evidence.json").read_text(encoding="utf-8"))
+    runs = sorted(path.parent for path in results.glob("*/run.json"))
+    times = [_gpu_times(evidence["cases"], run) for run in runs] or [_gpu_times(evidence["cases"], None)]
+    return "\n\n".join([*times, _kernel_table(evidence)])
+
+
+def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
+    """Ours at every GPU size: the floor, and what the run in a folder measured."""
+    races = {} if run is None else load(sorted(run.glob("*.json")))
+    ceilings = _ceilings(run) or H200_DATASHEET
+    rows = []
+    for facts in cases:
+        ours = races.get(f"{facts['op']}, {facts['case']}", {}).get(OURS)
+        least = floor(facts, ceilings)
+        measured = (NOT_YET, "", "")
+        if ours is not None:
+            measured = (f"**{_seconds(ours.wall)}**", f"{ours.wall / least:.1f}x", _mebibytes(ours.peak_mib))
+        rows.append((_gpu_title(facts), _seconds(least), *measured))
+    header = ("ours on a GPU", "floor", "measured", "measured / floor", "extra memory")
+    if run is None or not races:
+        source = "Not measured on a GPU yet; `make gpu` does. Floors are those of an H200's datasheet"
+    else:
+        source = f"{_gpu_provenance(run)} Floors are those of its measured ceilings"
+    note = f"{source}: the longer of operations over rate and bytes over bandwidth, nothing computed or moved twice."
+    return f"{_table(header, rows)}\n\n{note}"
+
+
+def floor(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
+    """Seconds that the hardware needs at least for a case."""
+    arithmetic = facts["flops"] / ceilings["flops_per_second"][facts["precision"]]
+    return max(arithmetic, facts["bytes"] / ceilings["copy_bytes_per_second"])
+
+
+def _ceilings(run: Path | None) -> dict[str, Any] | None:
+    path = None if run is None else run / "ceilings.json"
+    return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+
+
+def _gpu_title(facts: dict[str, Any]) -> str:
+    batch = "" if facts["batch"] == 1 else f", batch {facts['batch']}"
+    return f"{_title(facts)}{batch}, {facts['precision']}"
+
+
+def _kernel_table(evidence: dict[str, Any]) -> str:
+    """A row per kernel: the worst of its template's instances."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in evidence["kernels"]:
+        groups[entry["kernel"].partition("<")[0]].append(entry)
+    architectures = sorted({arch for entry in evidence["kernels"] for arch in entry["architectures"]})
+    header = (
+        f"CUDA kernel, as nvcc {evidence['nvcc']} compiles it",
+        "instances",
+        f"registers ({' / '.join(architectures)})",
+        "shared memory",
+        "spills, stack",
+        "emulated cases",
+        "worst error",
+        "measured on",
+    )
+    return _table(header, [_kernel_row(name, entries, architectures) for name, entries in sorted(groups.items())])
+
+
+def _kernel_row(name: str, entries: Sequence[dict[str, Any]], architectures: Sequence[str]) -> tuple[str, ...]:
+    usages = [usage for entry in entries for usage in entry["architectures"].values()]
+    registers = (max(entry["architectures"][arch]["registers"] for entry in entries) for arch in architectures)
+    static = max(usage["static_shared_bytes"] for usage in usages)
+    local = max(usage["spill_bytes"] + usage["stack_bytes"] for usage in usages)
+    emulated = [entry["emulated_cases"] for entry in entries if entry["emulated_cases"] != NOT_YET]
+    errors = [entry["worst_error"] for entry in entries if entry["worst_error"] != NOT_YET]
+    devices = {device for entry in entries if entry["measured_on"] != NOT_YET for device in entry["measured_on"]}
+    return (
+        f"`{name}`",
+        str(len(entries)),
+        " / ".join(map(str, registers)),
+        _bytes(static + max(entry["dynamic_shared_bytes"] for entry in entries)),
+        _bytes(local),
+        str(min(emulated)) if len(emulated) == len(entries) else NOT_YET,
+        f"{max(errors):.0e}" if len(errors) == len(entries) else NOT_YET,
+        ", ".join(sorted(devices)) or NOT_YET,
+    )
+
+
+def _bytes(count: int) -> str:
+    return "0" if count == 0 else f"{count} B" if count < 1024 else f"{count / 1024:.1f} KiB"
+
+
+def gpu_page(run: Path) -> str:
+    """One page on one run of ``make gpu``: its parts, tests, ceilings and times."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    parts = [(part["part"], part["result"], f"{part['seconds']:.0f} s", part["detail"]) for part in record["parts"]]
+    sections = [
+        f"# {record['provenance']['gpu']}",
+        _gpu_provenance(run),
+        _table(("part", "result", "took", "last words"), parts),
+        _test_lines(record["tests"]),
+    ]
+    ceilings = _ceilings(run)
+    if ceilings is not None:
+        rates = [f"{rate / 1e12:.0f} TFLOP/s in {name} products" for name, rate in ceilings["flops_per_second"].items()]
+        sections.append(
+            f"Ceilings: {ceilings['copy_bytes_per_second'] / 1e12:.2f} TB/s copied, {', '.join(rates)}. A floor is the "
+            "longer of a case's operations over that rate and its bytes over that bandwidth."
+        )
+    races = load(sorted(run.glob("*.json")))
+    rows = [row for contenders in races.values() for row in _gpu_rows(contenders, ceilings)]
+    if rows:
+        header = ("case", "provider", "time", "time / ours", "time / floor", "extra memory", "error", "noise")
+        sections.append(_table(header, rows))
+    failures = [failure for path in sorted(run.glob("*.json")) for failure in _failures(path)]
+    sections += [f"- not timed: {failure}" for failure in failures]
+    return "\n\n".join(sections) + "\n"
+
+
+def _gpu_provenance(run: Path) -> str:
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))["provenance"]
+    return (
+        f"Measured on {facts['gpu']}, driver for CUDA {facts['driver_cuda']}, torch {facts['torch']}, Triton "
+        f"{facts['triton']}, commit {facts['commit']}, {facts['date'].split()[0]}."
+    )
+
+
+def _test_lines(tests: dict[str, Any]) -> str:
+    counts = f"Tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."
+    shown = list(tests["failures"].items())[:10]
+    return "\n".join([counts, *(f"- `{test}`: {reason}" for test, reason in shown)])
+
+
+def _gpu_rows(contenders: dict[str, Contender], ceilings: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    facts, ours = _facts(contenders), contenders.get(OURS)
+    return [
+        (
+            _gpu_title(facts),
+            contender.name,
+            _seconds(contender.wall),
+            "" if ours is None or contender is ours else f"{contender.times_slower_than(ours):.2f}x",
+            "" if ceilings is None else f"{contender.wall / floor(facts, ceilings):.1f}x",
+            _mebibytes(contender.peak_mib),
+            _largest_error(contender),
+            "" if facts["noise"] is None else f"{facts['noise']:.0%}",
+        )
+        for contender in sorted(contenders.values(), key=lambda contender: contender.wall)
+    ]
+
+
+def _failures(path: Path) -> list[str]:
+    failures = json.loads(path.read_text(encoding="utf-8")).get("failures", ())
+    return [f"{failure['case']}, {failure['provider']}: {failure['reason']}" for failure in failures]
 
 
 # Plot ----------------------------------------------------------------------------------------------------------------
@@ -273,8 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not races:
         sys.exit(f"no results in {', '.join(map(str, paths)) or RESULTS}; `make bench` makes some")
     if options.update:
-        document = options.update.read_text(encoding="utf-8")
-        options.update.write_text(update_between_markers(document, summary(races)), encoding="utf-8")
+        document = update_between_markers(options.update.read_text(encoding="utf-8"), summary(races))
+        if GPU_BEGIN in document:
+            document = update_between_markers(document, gpu_summary(), GPU_BEGIN, GPU_END)
+        options.update.write_text(document, encoding="utf-8")
     if options.plot:
         plot(races, options.plot)
     if not (options.update or options.plot):

@@ -1,7 +1,25 @@
 // What every kernel file shares: host checks, dtype dispatch, index helpers and, for CUDA sources, the launch context.
 // Only headers of LibTorch's stable ABI are used, so one library serves every torch >= 2.10, with or without CUDA.
+//
+// CUDA sources are also compiled by g++ and executed on the CPU: with INPAINT_EMULATION defined, the headers of
+// tests/emulation stand in for the CUDA toolkit, and there is no torch. For that, a file in csrc/cuda keeps these rules
+// (tests/test_emulation.py looks for violations):
+//
+//  1. Kernels and the device functions with shared memory stand in an anonymous namespace inside namespace inpaint:
+//     AddressSanitizer puts red zones around their static arrays only there.
+//  2. Launchers are plain functions of raw pointers, sizes and a cudaStream_t, and launch through launch_kernel() only.
+//  3. Dynamic shared memory comes from dynamic_shared<T>(), never from `extern __shared__`. A shared array that needs
+//     an alignment says so first: `alignas(16) __shared__ float tile[...]`.
+//  4. No return before a barrier, a shuffle or a vote: all threads of the block (lanes of the mask) reach each of them.
+//     Threads without work carry a predicate along.
+//  5. Inline PTX, mma and cp.async stand in csrc/cuda/ptx.cuh only, as functions that each have a plain C++ body under
+//     INPAINT_EMULATION. A function that exchanges data between lanes is built there on the shuffles or on
+//     emulation::warp_values().
+//  6. Whatever needs torch stands at the end of the .cu file, under `#ifndef INPAINT_EMULATION`.
+//  7. tests/emulation/module.cpp includes every .cu file and exposes its launchers to the tests.
 #pragma once
 
+#ifndef INPAINT_EMULATION
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -9,15 +27,21 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#endif
 
+#include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(INPAINT_EMULATION)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define INPAINT_HOST_DEVICE __host__ __device__
 #else
 #define INPAINT_HOST_DEVICE
 #endif
+
+#ifndef INPAINT_EMULATION
 
 namespace inpaint {
 
@@ -51,6 +75,12 @@ auto dispatch_float_double(ScalarType type, const char* name, Body&& body) {
   }
 }
 
+}  // namespace inpaint
+
+#endif  // INPAINT_EMULATION
+
+namespace inpaint {
+
 // ---- Index arithmetic: int64 throughout, one score matrix of a 2000x2000 image has 3.9e9 entries -------------------
 
 INPAINT_HOST_DEVICE constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
@@ -82,9 +112,6 @@ struct CudaLaunch {
   explicit CudaLaunch(const Tensor& tensor)
       : guard(require_cuda(tensor)), stream(current_stream(tensor.get_device())) {}
 
-  // Throws if the launch before it failed.
-  void check() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
-
  private:
   static int32_t require_cuda(const Tensor& tensor) {
     STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr && &torch_c10_cuda_check_msg != nullptr,
@@ -102,6 +129,47 @@ struct CudaLaunch {
   }
 };
 
+}  // namespace inpaint
+
+#endif  // __CUDACC__
+
+#if defined(__CUDACC__) || defined(INPAINT_EMULATION)
+
+namespace inpaint {
+
+// ---- Launching ---------------------------------------------------------------------------------------------------
+
+// Throws if a call of the CUDA runtime failed.
+inline void check_cuda(cudaError_t error) {
+#ifdef INPAINT_EMULATION
+  STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+#else
+  STD_CUDA_CHECK(error);
+#endif
+}
+
+// What a block gets without asking for more.
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+// The one way to launch a kernel. Throws if the launch fails; an empty grid is no launch.
+template <class... P, class... A>
+void launch_kernel(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                   A... arguments) {
+  static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+#ifdef INPAINT_EMULATION
+  static_cast<void>(stream);
+  emulation::run_grid(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+#else
+  if (shared_bytes > kDefaultSharedBytes) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)));
+  }
+  kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
+  check_cuda(cudaGetLastError());
+#endif
+}
+
 constexpr int kThreadsPerBlock = 256;
 
 // Blocks for a grid-stride loop over `count` elements, capped at what a grid may hold.
@@ -111,9 +179,22 @@ inline unsigned blocks_for(int64_t count) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
+// ---- In kernels --------------------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+template <class T>
+__device__ T* dynamic_shared() {
+#ifdef INPAINT_EMULATION
+  return static_cast<T*>(emulation::dynamic_shared_memory());
+#else
+  extern __shared__ __align__(16) unsigned char inpaint_dynamic_shared_memory[];
+  return reinterpret_cast<T*>(inpaint_dynamic_shared_memory);
+#endif
+}
+
 __device__ inline int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t grid_stride() { return int64_t{gridDim.x} * blockDim.x; }
 
 }  // namespace inpaint
 
-#endif  // __CUDACC__
+#endif  // __CUDACC__ or INPAINT_EMULATION

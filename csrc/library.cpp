@@ -21,6 +21,36 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "str masking, float fill, float? floor, int rate, int paste_size, int pad_cut, int pad_put, float divisor) -> "
       "(Tensor, Tensor, Tensor)");
 
+  // csrc/cuda/contextual_attention_{forward,backward}: the passes between the matrix products of a tile. `tile` and
+  // `phases` are structs of int64 on the CPU; inpaint_kernels/cuda_kernels/contextual_attention.py makes them.
+  m.def("contextual_attention_rows(Tensor runs, int rows, Tensor(a!) row_of, Tensor(b!) position_of) -> ()");
+  m.def(
+      "contextual_attention_scores(Tensor tile, Tensor correlations, Tensor row_of, Tensor inverse_norm, Tensor "
+      "factor, Tensor offset, Tensor(a!) logits, Tensor(b!) partial) -> ()");
+  m.def("contextual_attention_statistics(Tensor partial, Tensor(a!) statistics) -> ()");
+  m.def(
+      "contextual_attention_paste_weights(Tensor tile, Tensor inverse_norm, Tensor factor, Tensor offset, Tensor? "
+      "keep, "
+      "float floor, Tensor logits, Tensor statistics, Tensor(a!) weights) -> ()");
+  m.def(
+      "contextual_attention_paste(Tensor tile, Tensor phases, Tensor products, Tensor row_weight, Tensor "
+      "column_weight, Tensor? wanted, Tensor(a!) output) -> ()");
+  m.def(
+      "contextual_attention_matches(Tensor tile, Tensor? keep, float floor, Tensor logits, Tensor statistics, Tensor? "
+      "wanted, Tensor(a!) index, Tensor(b!) maximum) -> ()");
+  m.def(
+      "contextual_attention_paste_backward(Tensor tile, Tensor weight_gradients, bool accumulate, Tensor(a!) "
+      "gradients) -> ()");
+  m.def(
+      "contextual_attention_softmax_backward(Tensor tile, Tensor factor, Tensor? keep, float floor, Tensor logits, "
+      "Tensor statistics, Tensor(a!) gradients) -> ()");
+  m.def(
+      "contextual_attention_fuse_backward(Tensor tile, Tensor gradients, Tensor correlations, Tensor row_of, Tensor "
+      "inverse_norm, Tensor positions, Tensor(a!) score_gradients, Tensor(b!) norm_sums) -> ()");
+  m.def(
+      "contextual_attention_patch_backward(Tensor tile, Tensor score_gradients, Tensor row_of, Tensor pixels, "
+      "Tensor(a!) gradients) -> ()");
+
   // csrc/cpu/match_patches: the best key of every query -> index [B, hq, wq] (-1: none) and score [B, hq, wq].
   m.def(
       "match_patches(Tensor query, Tensor key, Tensor? valid, Tensor? key_scale, Tensor? key_bias, Tensor? queries, "

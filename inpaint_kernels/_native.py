@@ -24,6 +24,16 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "contextual_attention_key_norm": ("CPU", "CUDA"),
     "contextual_attention_forward": ("CPU",),
     "contextual_attention_backward": ("CPU",),
+    "contextual_attention_rows": ("CUDA",),
+    "contextual_attention_scores": ("CUDA",),
+    "contextual_attention_statistics": ("CUDA",),
+    "contextual_attention_paste_weights": ("CUDA",),
+    "contextual_attention_paste": ("CUDA",),
+    "contextual_attention_matches": ("CUDA",),
+    "contextual_attention_paste_backward": ("CUDA",),
+    "contextual_attention_softmax_backward": ("CUDA",),
+    "contextual_attention_fuse_backward": ("CUDA",),
+    "contextual_attention_patch_backward": ("CUDA",),
     "match_patches": ("CPU",),
     "patchmatch": ("CPU",),
     "patch_vote": ("CPU",),
@@ -140,11 +150,12 @@ def _cuda_reason() -> str | None:
     if driver is None:
         return "no NVIDIA driver was found"
     # A driver runs programs of every CUDA release of its own major version and of older ones.
-    linked = str(info["nvcc"])
-    if driver[0] < int(linked.split(".")[0]):
+    linked = [int(part) for part in str(info["nvcc"]).split(".")]
+    if driver[0] < linked[0]:
+        has, wants = f"{driver[0]}.{driver[1]}", f"{linked[0]}.{linked[1]}"
         return (
-            f"the NVIDIA driver supports CUDA {driver[0]}.{driver[1]}, the kernels were built with CUDA {linked}: "
-            "update the driver, or install from source with an nvcc of that version"
+            f"driver {has} < {wants}: the NVIDIA driver runs CUDA up to {has}, the kernels were built with {wants}; "
+            f"update the driver, or build from source with INPAINT_CUDA_HOME set to a CUDA {driver[0]} toolkit"
         )
     return None
 

@@ -64,7 +64,14 @@ def _native_library() -> Table:
             continue
         words = " ".join(str(part) for part in value) if isinstance(value, list) else str(value)
         table.add_row(name, escape(words))
+    table.add_row("CUDA kernels", escape(_cuda_kernels()))
     return table
+
+
+def _cuda_kernels() -> str:
+    reasons = {_native.why_not(kernel, "CUDA") for kernel, keys in _native.KERNELS.items() if "CUDA" in keys}
+    missing = sorted(reason for reason in reasons if reason is not None)
+    return f"cannot: {'; '.join(missing)}" if missing else "usable"
 
 
 def _devices() -> Table:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -64,7 +66,8 @@ def no_tools(tmp_path):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "CUDA_HOME", "PYTHONPATH")}
+    dropped = ("CXX", "CUDA_HOME", "INPAINT_CUDA_HOME", "INPAINT_NATIVE", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "INPAINT_CUDA": "0", **variables}
 
 
@@ -175,6 +178,39 @@ def test_installed_wheel_runs_its_native_kernels_outside_the_checkout(checkout, 
     assert Path(place).is_relative_to(tmp_path / "site")
 
 
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the platform of the wheel is that of x86-64")
+def test_make_wheel_makes_one_for_linux_and_one_for_everything_else(checkout, tmp_path):
+    """The checkout is a copy, so make must not touch the environment: --old-file takes it as it is."""
+    environment_folder = Path(sys.executable).parents[1]
+    ready = f"--old-file={environment_folder / '.inpaint-kernels-with-dev'}"
+    env = environment()
+    if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file():
+        env["INPAINT_CUDA"] = "1"
+    done = subprocess.run(
+        ["make", "wheel", f"VENV={environment_folder}", ready], cwd=checkout, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    native, pure = sorted((checkout / "dist").iterdir(), key=lambda wheel: wheel.name.endswith("-any.whl"))
+    assert native.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert LIBRARY in zipfile.ZipFile(native).namelist()
+    assert not [name for name in zipfile.ZipFile(native).namelist() if "libtorch" in name or "libc10" in name]
+    assert not [name for name in zipfile.ZipFile(pure).namelist() if name.endswith(".so")]
+
+    shutil.rmtree(checkout / "inpaint_kernels")
+    code = (
+        "from inpaint_kernels import _native; print(_native.reason()); print(_native.build_info().get('cuda')); "
+        "import torch, inpaint_kernels as ik; print(ik.contextual_attention(*[torch.rand(1, 4, 16, 16)] * 2).shape)"
+    )
+    pip_install(native, tmp_path / "native")
+    assert run_installed(tmp_path / "native", code).splitlines()[:2] == ["None", str(env["INPAINT_CUDA"] == "1")]
+    pip_install(pure, tmp_path / "pure")
+    reason = run_installed(tmp_path / "pure", code).splitlines()[0]
+    assert reason == "this installation has no native library: pure Python was asked for (INPAINT_NATIVE=0)"
+
+
 # ---- Without the tools ----------------------------------------------------------------------------------------------
 
 
@@ -191,6 +227,14 @@ def test_empty_path_installs_the_pure_python_package_and_says_so(checkout, tmp_p
     )
     reason = run_installed(tmp_path / "site", code)
     assert reason.startswith("this installation has no native library: no C++ compiler found")
+
+
+@needs_compiler
+def test_pure_python_can_be_asked_for(small_checkout):
+    wheel = wheel_of(small_checkout, env=environment(INPAINT_NATIVE="0"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in zipfile.ZipFile(wheel).namelist()
+    assert not (small_checkout / "build/native").exists()
 
 
 @needs_compiler
@@ -216,7 +260,7 @@ def test_sdist_is_complete(checkout, tmp_path, no_tools):
         tar.extractall(tmp_path / "unpacked", filter="data")
     sources = [path for folder in ("csrc", "inpaint_kernels", "models", "tests") for path in (ROOT / folder).rglob("*")]
     expected = {
-        str(path.relative_to(ROOT)) for path in sources if path.suffix in (".py", ".cpp", ".cu", ".h", ".typed")
+        str(path.relative_to(ROOT)) for path in sources if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".typed")
     }
     assert expected | set(SCAFFOLD) <= names
     assert not [name for name in names if name.endswith((".so", "_build.json", ".pyc"))]
@@ -231,7 +275,8 @@ def test_sdist_is_complete(checkout, tmp_path, no_tools):
 @pytest.fixture
 def setup(monkeypatch):
     """setup.py as a module, with no wishes in the environment."""
-    for name in ("CXX", "CUDA_HOME", "INPAINT_CUDA", "INPAINT_CUDA_ARCH", "INPAINT_DEBUG"):
+    wishes = ("INPAINT_CUDA", "INPAINT_CUDA_ARCH", "INPAINT_CUDA_HOME", "INPAINT_DEBUG", "INPAINT_NATIVE")
+    for name in ("CXX", "CUDA_HOME", *wishes):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("inpaint_kernels_setup", ROOT / "setup.py")
     assert spec is not None
@@ -298,6 +343,75 @@ def test_cuda_is_optional_unless_it_is_demanded(setup, monkeypatch):
     setup.find_toolchain.cache_clear()
     with pytest.raises(SystemExit, match="INPAINT_CUDA=1, but nvcc was not found"):
         setup.find_toolchain()
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {release}, V{release}.131" ;;
+  *--dryrun*) echo '#$ LIBRARIES=  "-L{home}/lib64"' >&2 ;;
+  *--list-gpu-arch*) echo compute_80; echo compute_90 ;;
+  *--resource-usage*)
+    echo "ptxas info    : Used 8 registers" >&2
+    echo "warning: be careful" >&2
+    g++ -x c++ -fPIC -c csrc/cuda/third.cu -o build/native/cuda/third.cu.o ;;
+esac
+"""
+
+
+def install_toolkit(home: Path, release: str) -> Path:
+    """A CUDA toolkit whose nvcc answers setup.py's questions."""
+    for folder in ("bin", "lib64"):
+        (home / folder).mkdir(parents=True)
+    (home / "lib64/libcudart_static.a").write_text("!<arch>\n")
+    (home / "bin/nvcc").write_text(NVCC.format(release=release, home=home))
+    (home / "bin/nvcc").chmod(0o755)
+    return home
+
+
+@needs_compiler
+def test_the_users_own_nvcc_goes_before_all_others(setup, monkeypatch, tmp_path):
+    own, other = install_toolkit(tmp_path / "own", "12.4"), install_toolkit(tmp_path / "other", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(other))
+    assert setup.find_cuda("g++").version == "13.0.131"
+    monkeypatch.setenv("INPAINT_CUDA_HOME", str(own))
+    cuda = setup.find_cuda("g++")
+    assert (cuda.nvcc, cuda.version, cuda.library_dir) == (own / "bin/nvcc", "12.4.131", own / "lib64")
+    assert cuda.architectures == ("80", "90+PTX")
+    assert setup.find_toolchain().cuda == cuda
+
+
+@needs_compiler
+def test_an_old_nvcc_is_refused_with_a_sentence(setup, monkeypatch, tmp_path):
+    old = install_toolkit(tmp_path / "old", "12.3")
+    monkeypatch.setenv("CUDA_HOME", str(old))
+    assert setup.find_toolchain().cuda_reason == "nvcc 12.3.131 is too old (12.4 or newer is needed)"
+    setup.find_toolchain.cache_clear()
+    monkeypatch.setenv("INPAINT_CUDA_HOME", str(old))
+    sentence = f"INPAINT_CUDA_HOME={old}, but nvcc 12.3.131 is too old (12.4 or newer is needed)"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        setup.find_toolchain()
+    monkeypatch.setenv("INPAINT_CUDA_HOME", str(tmp_path / "absent"))
+    with pytest.raises(SystemExit, match="but INPAINT_CUDA_HOME has no bin/nvcc"):
+        setup.find_toolchain()
+
+
+@needs_compiler
+def test_the_compilers_report_is_kept_and_not_shown(small_checkout, tmp_path):
+    """Of what nvcc prints only the resource report is hidden; of a failure nothing is."""
+    source, built = small_checkout / "csrc/cuda/third.cu", small_checkout / "build/native/cuda/third.cu.o"
+    source.parent.mkdir()
+    source.write_text("int third() { return 3; }\n")
+    env = environment(INPAINT_CUDA="1", INPAINT_CUDA_HOME=str(install_toolkit(tmp_path / "toolkit", "13.0")))
+    result = run("setup.py", "-q", "build_native", "--inplace", cwd=small_checkout, env=env)
+    assert result.returncode == 0, result.stdout
+    assert "be careful" in result.stdout
+    assert "registers" not in result.stdout
+    assert "Used 8 registers" in built.with_name("third.cu.o.log").read_text()
+    source.write_text("int third() { return nothing; }\n")
+    result = run("setup.py", "-q", "build_native", "--inplace", cwd=small_checkout, env=env)
+    assert result.returncode != 0
+    assert "Used 8 registers" in result.stdout
+    assert "nothing" in result.stdout
 
 
 def test_wrong_settings_are_errors(setup, monkeypatch):

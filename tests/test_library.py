@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
+import platform
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from torch._subclasses import FakeTensorMode
 
 from benches import report
+from benches.elf import Elf
 from inpaint_kernels import PRESETS, _native
 from tests.compare import assert_close_to_reference
 
@@ -76,6 +80,11 @@ def test_readme_table_is_that_of_the_committed_results():
     assert between == table, "write it with: python benches/report.py --update README.md"
 
 
+def test_readme_gpu_tables_are_those_of_the_evidence():
+    between = README.split(report.GPU_BEGIN)[1].split(report.GPU_END)[0].strip()
+    assert between == report.gpu_summary(), "write them with: python benches/report.py --update README.md"
+
+
 def test_readme_starts_with_picture_commands_table_and_platforms():
     first_screen = "\n".join(README.splitlines()[:40])
     for part in ("![", "```bash", report.BEGIN, report.END, "| platform |"):
@@ -126,7 +135,8 @@ MAY_IMPORT = {
     "masks": set(),
     "models": {"_checks", "models", PUBLIC},
     "nn": {"ops"},
-    "ops": {*FOUNDATION, "ops", "portable", "reference", "triton_kernels"},
+    "cuda_kernels": {"cuda_kernels", "portable"},
+    "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
     "panels": {"images", PUBLIC},
     "portable": {"portable"},
     "reference": {"reference"},
@@ -137,6 +147,7 @@ MAY_IMPORT = {
 # name more than numpy, the core's only requirement beside torch.
 THIRD_PARTY = {
     "cli": {"numpy", "rich", "typer"},
+    "cuda_kernels": {"numpy"},
     "comparison": {"numpy", "rich"},
     "images": {"PIL", "numpy"},
     "info": {"rich"},
@@ -244,7 +255,7 @@ def test_importing_the_package_is_fast_and_brings_no_command_line():
 
 
 def test_kernel_list_is_that_of_the_schemas():
-    schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc/library.cpp").read_text(encoding="utf-8"))
+    schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text(encoding="utf-8"))
     assert sorted(schemas) == sorted(_native.KERNELS)
 
 
@@ -279,7 +290,8 @@ def test_cpu_kernels_are_available_and_cuda_kernels_say_why_not():
         ({}, "13.0", (13, 0), "without CUDA kernels: no build record"),
         ({"cuda": True, "nvcc": "13.0.88"}, None, (13, 0), "is a build without CUDA"),
         ({"cuda": True, "nvcc": "13.0.88"}, "13.0", None, "no NVIDIA driver was found"),
-        ({"cuda": True, "nvcc": "13.0.88"}, "12.8", (12, 8), "supports CUDA 12.8, the kernels were built with CUDA 13"),
+        ({"cuda": True, "nvcc": "13.0.88"}, "12.4", (12, 4), "driver 12.4 < 13.0: the NVIDIA driver runs CUDA up to"),
+        ({"cuda": True, "nvcc": "13.0.88"}, "12.8", (12, 8), "with INPAINT_CUDA_HOME set to a CUDA 12 toolkit"),
         ({"cuda": True, "nvcc": "12.9.1"}, "13.0", (13, 0), None),
         ({"cuda": True, "nvcc": "13.1.0"}, "13.0", (13, 0), None),
     ],
@@ -290,6 +302,32 @@ def test_cuda_kernels_are_offered_only_where_the_driver_runs_them(monkeypatch, r
     monkeypatch.setattr(_native, "_driver_cuda_version", lambda: driver)
     got = _native._cuda_reason()
     assert got is None if reason is None else reason in (got or "")
+
+
+@pytest.fixture
+def old_driver(monkeypatch):
+    """A CUDA torch on a machine whose driver is older than the CUDA that the kernels were linked with."""
+    monkeypatch.setattr(_native, "_kernel_reasons", {})
+    monkeypatch.setattr(_native, "build_info", lambda: {"native": True, "cuda": True, "nvcc": "13.0.88"})
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(_native, "_driver_cuda_version", lambda: (12, 4))
+    monkeypatch.setattr(_native, "_check_registrations", lambda: None)
+    _native.load()
+
+
+@needs_native
+def test_info_and_explain_name_an_old_driver_and_portable_goes_on(old_driver):
+    from inpaint_kernels import explain, info
+
+    assert _native.available("contextual_attention_forward", "CPU")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(info._native_library())
+    assert "cannot: driver 12.4 < 13.0" in console.export_text()
+    with FakeTensorMode():
+        f = torch.empty(1, 4, 16, 16, device="cuda")
+        explanation = explain("contextual_attention", f, f, preset="pennet")  # samples nothing: no CUDA is touched
+    assert explanation.chosen == "portable"
+    assert "  cannot: cuda: driver 12.4 < 13.0" in str(explanation)
 
 
 def test_broken_library_warns_and_leaves_the_package_usable(monkeypatch, tmp_path):
@@ -313,27 +351,44 @@ def test_lost_registration_warns_and_is_named(monkeypatch):
     assert _native.available("contextual_attention_key_norm", "CPU")
 
 
-def needed_libraries(path: Path) -> list[str]:
-    """DT_NEEDED entries of a 64-bit little-endian ELF file."""
-    data = path.read_bytes()
-    assert data[:6] == b"\x7fELF\x02\x01"
-    (section_table,) = struct.unpack_from("<Q", data, 0x28)
-    entry_size, count = struct.unpack_from("<HH", data, 0x3A)
-    # Section header: name, type, flags, address, offset, size, link, ...
-    sections = [struct.unpack_from("<IIQQQQI", data, section_table + i * entry_size) for i in range(count)]
-    dynamic = next(section for section in sections if section[1] == 6)  # SHT_DYNAMIC
-    strings = sections[dynamic[6]][4]
-    entries = struct.iter_unpack("<qQ", data[dynamic[4] : dynamic[4] + dynamic[5]])
-    offsets = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
-    return [data[offset : data.index(b"\0", offset)].decode() for offset in offsets]
-
-
 @needs_native
 def test_library_needs_libtorch_by_name():
     """Through libtorch.so the weak CUDA symbols resolve on a CUDA torch; without it they are null, silently."""
-    needed = needed_libraries(_native._LIBRARY)
+    needed = Elf(_native._LIBRARY).needed()
     assert "libtorch.so" in needed
     assert not [name for name in needed if "python" in name or "cuda" in name], needed
+
+
+# What manylinux_2_28 has, the platform of torch's own wheels: glibc 2.28 and the libraries of GCC 8.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def symbol_version(version: str) -> tuple[str, tuple[int, ...]]:
+    name, _, number = version.rpartition("_")
+    return name, tuple(int(part) for part in number.split("."))
+
+
+@needs_native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="csrc/manylinux.cpp knows the symbol versions of x86-64")
+def test_library_needs_no_newer_glibc_than_its_wheel_promises():
+    versioned = [symbol for symbol in Elf(_native._LIBRARY).imports() if symbol.version]
+    assert any(symbol.name.startswith("_Z") for symbol in versioned)  # libstdc++'s are among them
+    newer = []
+    for symbol in versioned:
+        name, number = symbol_version(symbol.version)
+        if number > NEWEST[name]:
+            newer.append(f"{symbol.name}@{symbol.version} of {symbol.library}")
+    assert not newer, f"csrc/manylinux.cpp says what to do about {newer}"
+
+
+@needs_native
+def test_library_needs_only_what_torch_2_10_has():
+    """The C functions of LibTorch's stable ABI, and nothing mangled: C++ names change with every torch."""
+    abi = (ROOT / "tests/torch_2_10_abi.txt").read_text(encoding="utf-8").splitlines()
+    imports = {symbol.name for symbol in Elf(_native._LIBRARY).imports() if not symbol.version}
+    assert {"aoti_torch_library_init_impl", "torch_call_dispatcher"} <= imports
+    loader = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+    assert sorted(imports - loader - set(abi)) == []
 
 
 @needs_native

@@ -40,19 +40,23 @@ __global__ void contextual_attention_key_norm_kernel(const T* __restrict__ energ
   }
 }
 
+// key: [batch, channels, height, width]; energy, which is scratch, and norm: [batch, height, width].
 template <class T>
-void launch_key_norm(const CudaLaunch& launch, const Tensor& key, const Tensor& energy, const Tensor& norm,
-                     int64_t patch, NormRule rule, T eps) {
-  const int64_t batch = key.size(0), channels = key.size(1), height = key.size(2), width = key.size(3);
-  const unsigned blocks = blocks_for(batch * height * width);
-  contextual_attention_key_energy_kernel<<<blocks, kThreadsPerBlock, 0, launch.stream>>>(
-      key.const_data_ptr<T>(), energy.mutable_data_ptr<T>(), batch, channels, height * width);
-  launch.check();
-  contextual_attention_key_norm_kernel<<<blocks, kThreadsPerBlock, 0, launch.stream>>>(
-      energy.const_data_ptr<T>(), norm.mutable_data_ptr<T>(), batch, height, width, patch, rule, eps,
-      static_cast<T>(channels * patch * patch));
-  launch.check();
+void launch_key_norm(const T* key, T* energy, T* norm, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                     int64_t patch, NormRule rule, T eps, unsigned blocks, cudaStream_t stream) {
+  launch_kernel(contextual_attention_key_energy_kernel<T>, blocks, kThreadsPerBlock, 0, stream, key, energy, batch,
+                channels, height * width);
+  launch_kernel(contextual_attention_key_norm_kernel<T>, blocks, kThreadsPerBlock, 0, stream, energy, norm, batch,
+                height, width, patch, rule, eps, static_cast<T>(channels * patch * patch));
 }
+
+}  // namespace
+}  // namespace inpaint
+
+#ifndef INPAINT_EMULATION
+
+namespace inpaint {
+namespace {
 
 Tensor contextual_attention_key_norm(const Tensor& key, int64_t patch, const std::string& rule_name, double eps) {
   check_dense(key, "key", 4);
@@ -64,7 +68,9 @@ Tensor contextual_attention_key_norm(const Tensor& key, int64_t patch, const std
   const Tensor energy = torch::stable::empty_like(norm);
   dispatch_float_double(key.scalar_type(), "key", [&](auto zero) {
     using scalar_t = decltype(zero);
-    launch_key_norm<scalar_t>(launch, key, energy, norm, patch, rule, static_cast<scalar_t>(eps));
+    launch_key_norm<scalar_t>(key.const_data_ptr<scalar_t>(), energy.mutable_data_ptr<scalar_t>(),
+                              norm.mutable_data_ptr<scalar_t>(), key.size(0), key.size(1), key.size(2), key.size(3),
+                              patch, rule, static_cast<scalar_t>(eps), blocks_for(norm.numel()), launch.stream);
   });
   return norm;
 }
@@ -75,3 +81,5 @@ Tensor contextual_attention_key_norm(const Tensor& key, int64_t patch, const std
 STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CUDA, m) {
   m.impl("contextual_attention_key_norm", TORCH_BOX(&inpaint::contextual_attention_key_norm));
 }
+
+#endif  // INPAINT_EMULATION

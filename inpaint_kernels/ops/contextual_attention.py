@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -17,6 +18,7 @@ from inpaint_kernels._checks import (
     check_same_dtype,
     check_shape,
 )
+from inpaint_kernels.cuda_kernels import contextual_attention as cuda_kernels
 from inpaint_kernels.ops._contextual_attention_presets import (
     PRESETS,
     ContextualAttentionPreset,
@@ -103,7 +105,8 @@ def contextual_attention(
         key_scale: [B or 1, hk, wk] floating, scale of each valid key's logit; no gradient. None: 1.
         key_bias: [B or 1, hk, wk] floating, offset of each valid key's logit; no gradient. None: 0.
         return_offsets: also return the offsets and maxima.
-        backend: "cpu", "portable" or "reference"; None: the first that can run (:func:`inpaint_kernels.explain`).
+        backend: "cpu", "cuda", "portable" or "reference"; None: the first that can run, see
+            :func:`inpaint_kernels.explain`.
         **overrides: fields of the preset to change, e.g. ``fuse=0``, ``scale=20.0``, ``rate=4``.
 
     Returns:
@@ -209,7 +212,7 @@ def _pose(
         _check_per_key("key_scale", key_scale, f, key_size)
     if key_bias is not None:
         _check_per_key("key_bias", key_bias, f, key_size)
-    selected = None if queries is None else query_mask(queries, query_size, f.device)
+    selected = None if queries is None else query_mask(queries, query_size)
     return _Problem(query, key, value, valid, key_scale, key_bias, semantics), selected
 
 
@@ -253,17 +256,17 @@ def _check_map(
     return height // rate, width // rate
 
 
-def query_mask(queries: Box | Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """A box (y0, x0, y1, x1) or a bool [hq, wq] as a bool [hq, wq] on ``device``."""
+def query_mask(queries: Box | Tensor, size: tuple[int, int]) -> Tensor:
+    """A box (y0, x0, y1, x1) or a bool [hq, wq] as a bool [hq, wq] on the CPU: it decides how much there is to do."""
     height, width = size
     if isinstance(queries, Tensor):
         check_shape("queries", queries, "hq wq", hq=height, wq=width)
         if queries.dtype != torch.bool:
             raise TypeError(f"queries: expected dtype torch.bool, got {queries.dtype}")
-        return queries.to(device)
+        return queries.cpu()
     if len(queries) != 4 or not (0 <= queries[0] <= queries[2] <= height and 0 <= queries[1] <= queries[3] <= width):
         raise ValueError(f"queries: expected a box (y0, x0, y1, x1) inside {height} x {width}, got {queries}")
-    selected = torch.zeros(size, dtype=torch.bool, device=device)
+    selected = torch.zeros(size, dtype=torch.bool, device="cpu")
     selected[queries[0] : queries[2], queries[1] : queries[3]] = True
     return selected
 
@@ -362,6 +365,13 @@ def _cpu_reasons(problem: _Problem) -> list[str]:
     return []
 
 
+def _cuda_reasons(problem: _Problem) -> list[str]:
+    if not problem.query.is_cuda:
+        return [f"the tensors are on {problem.query.device}, not on a CUDA device"]
+    missing = _native.why_not("contextual_attention_scores", "CUDA")
+    return [] if missing is None else [missing]
+
+
 def _portable_reasons(problem: _Problem) -> list[str]:
     return []
 
@@ -385,7 +395,12 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 BACKENDS = OpBackends(
     "contextual_attention",
     _prepare,
-    {"cpu": _cpu_reasons, "portable": _portable_reasons, "reference": _reference_reasons},
+    {
+        "cpu": _cpu_reasons,
+        "cuda": _cuda_reasons,
+        "portable": _portable_reasons,
+        "reference": _reference_reasons,
+    },
 )
 
 
@@ -405,15 +420,25 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise
 
 
-_FORWARD = {"cpu": _cpu_forward, "portable": portable.forward, "reference": reference.forward}
-_BACKWARD = {"cpu": _cpu_backward, "portable": portable.backward, "reference": reference.backward}
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "cpu": _cpu_forward,
+    "cuda": cuda_kernels.forward,
+    "portable": portable.forward,
+    "reference": reference.forward,
+}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "cpu": _cpu_backward,
+    "cuda": cuda_kernels.backward,
+    "portable": portable.backward,
+    "reference": reference.backward,
+}
 
 
 @torch.library.impl(_library, "contextual_attention", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     valid, key_scale, key_bias, selected, *semantics, backend = rest
     dtype = _accumulation_dtype(query)
-    maps = _strided_maps if backend == "cpu" else _dense_maps
+    maps = _MAPS.get(backend, _dense_maps)
     per_position = _dense_per_position(dtype, valid, key_scale, key_bias, selected)
     output, index, maximum = _FORWARD[backend](*maps(dtype, query, key, value), *per_position, *semantics)
     return _cast(output, value.dtype), index, maximum
@@ -442,6 +467,16 @@ def _dense_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -
 def _strided_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same without copying query and key, views of every ``rate``-th pixel of f and b: 134 MB each at 4096x4096."""
     return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype).contiguous()
+
+
+def _dense_maps_as_they_are(
+    dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous maps in their own dtype: tensor cores multiply short ones and sum in float32."""
+    return query.contiguous(), key.contiguous(), value.contiguous()
+
+
+_MAPS = {"cpu": _strided_maps, "cuda": _dense_maps_as_they_are}
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

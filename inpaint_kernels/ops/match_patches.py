@@ -133,7 +133,7 @@ def _prepare(
             check_floating(name, x)
     if valid is not None:
         check_dtype("valid", valid, (torch.bool,))
-    wanted = None if queries is None else query_mask(queries, (sizes["hq"], sizes["wq"]), query.device)
+    wanted = None if queries is None else query_mask(queries, (sizes["hq"], sizes["wq"])).to(query.device)
     return _Problem(query.detach(), key.detach(), valid, _detached(key_scale), _detached(key_bias), wanted, patch)
 
 

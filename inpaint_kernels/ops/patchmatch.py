@@ -150,7 +150,7 @@ def _prepare(
         radius = max(key_sizes["hk"], key_sizes["wk"])
     check_range("radius", radius, minimum=0, integer=True)
     check_range("seed", seed, minimum=0, maximum=2**32 - 1, integer=True)
-    wanted = None if queries is None else query_mask(queries, (sizes["hq"], sizes["wq"]), query.device)
+    wanted = None if queries is None else query_mask(queries, (sizes["hq"], sizes["wq"])).to(query.device)
     return _Problem(query.detach(), key.detach(), start, wanted, valid, patch, iterations, radius, seed)
 
 

@@ -43,6 +43,16 @@ class Semantics:
     pad_put: int
     divisor: float
 
+    @property
+    def half(self) -> int:
+        """Reach of the fuse; 0: none."""
+        return self.fuse // 2
+
+    @property
+    def reach(self) -> int:
+        """Steps of ``rate`` that a pasted patch spans."""
+        return -(-self.paste_size // self.rate)
+
 
 Run = tuple[slice, slice]
 """Consecutive rows of the sum, and those of the source that they read."""
@@ -175,7 +185,7 @@ class PastePhases(NamedTuple):
 def paste_phases(queries: Grid, keys: Grid, semantics: Semantics) -> list[PastePhases]:
     """One entry if ``paste_size`` is a multiple of ``rate``, else four."""
     rate = semantics.rate
-    most, remainder = -(-semantics.paste_size // rate), semantics.paste_size % rate
+    most, remainder = semantics.reach, semantics.paste_size % rate
     if remainder:
         axis = [(slice(0, remainder), most), (slice(remainder, rate), most - 1)]
     else:
@@ -265,7 +275,7 @@ class Selection:
         self.semantics = semantics
         self.score_stages = score_stages(queries, keys, semantics)
         self.paste_phases = paste_phases(queries, keys, semantics)
-        more = -(-semantics.paste_size // semantics.rate) - 1
+        more = semantics.reach - 1
         self.cell_grid = (queries[0] + more, queries[1] + more)
         self.value_grid = (keys[0] + more, keys[1] + more)
         self.selected = torch.ones(queries, dtype=torch.bool, device="cpu") if selected is None else selected.cpu()
@@ -277,7 +287,7 @@ class Selection:
     @property
     def halo(self) -> int:
         """By how much the pixels that a tile needs exceed its side."""
-        return self.semantics.patch - 1 + (self.semantics.fuse // 2) * 2
+        return self.semantics.patch - 1 + 2 * self.semantics.half
 
     @cached_property
     def canvas(self) -> tuple[int, int, int, int]:

@@ -232,6 +232,7 @@ def forward(
     options = dict(zip(SEMANTICS, semantics, strict=True))
     output, probabilities = contextual_attention(query, key, value, valid, key_scale, key_bias, **options)
     if selected is not None:
+        selected = selected.to(output.device)
         output = torch.where(output_cells(selected, options["rate"]), output, 0)
     if not return_offsets:
         return output, query.new_empty(0, dtype=torch.int64), query.new_empty(0)

@@ -1,0 +1,234 @@
+"""How the CUDA backend cuts contextual attention into tiles: what depends on shapes and on the wanted queries only."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inpaint_kernels.portable._contextual_attention_tiles import Semantics
+
+WORKSPACE_BYTES = 640 << 20
+"""Aim for a tile's two matrices, correlations and logits; a tile has at least one cell, whatever that costs."""
+
+LARGEST_SIDE = 64
+"""Cells along a side of a tile: beyond this the halo is cheap, and a tile's pixels must fit into MAX_RUNS runs."""
+
+MAX_RUNS = 480
+"""Runs of consecutive pixels that the kernel takes (csrc/cuda/contextual_attention_forward.cu)."""
+
+Grid = tuple[int, int]
+Rectangle = tuple[int, int, int, int]
+"""Top, left, height, width."""
+
+
+class Phases(NamedTuple):
+    """The pixels of a cell to which equally many patches contribute: phases [y) x [x), patches reach_y x reach_x."""
+
+    y: slice
+    x: slice
+    reach_y: int
+    reach_x: int
+
+    def fields(self, rate: int, pad: int) -> Tensor:
+        """What the kernel takes (struct CellPhases)."""
+        return torch.tensor([rate, pad, self.y.start, self.y.stop, self.x.start, self.x.stop], device="cpu")
+
+
+class Positions(NamedTuple):
+    """Query positions that have a row in a tile's matrices, ascending.
+
+    Attributes:
+        slices: stretches of consecutive positions.
+        runs: [stretches, 2] int32, first position and first row of each.
+        number: how many there are.
+    """
+
+    slices: tuple[slice, ...]
+    runs: Tensor
+    number: int
+
+
+class Tile(NamedTuple):
+    """A rectangle of queries and one of cells: those that its queries cover, or the queries that cover them.
+
+    Attributes:
+        queries, cells: (top, left, height, width).
+        scores: positions whose patch scores the fuse sums for the queries.
+        pixels: positions whose correlations these sum.
+    """
+
+    queries: Rectangle
+    cells: Rectangle
+    scores: Positions
+    pixels: Positions
+
+    @property
+    def query_count(self) -> int:
+        """Queries of the tile."""
+        return self.queries[2] * self.queries[3]
+
+    @property
+    def cell_count(self) -> int:
+        """Cells of the tile."""
+        return self.cells[2] * self.cells[3]
+
+
+class Plan(NamedTuple):
+    """The tiles of a call and the sizes of the matrices that all of them share."""
+
+    tiles: tuple[Tile, ...]
+    phases: tuple[Phases, ...]
+    key_cells: Grid
+    most_pixels: int
+    most_scores: int
+    most_cells: int
+    most_queries: int
+
+
+@functools.lru_cache(maxsize=16)
+def make_plan(
+    queries: Grid, keys: Grid, semantics: Semantics, wanted: bytes | None, purpose: str, value_size: int
+) -> Plan:
+    """Cut a call into tiles.
+
+    Forward tiles are cut by cells, so that each output pixel is written once; backward ones by queries, so that each
+    probability's gradient is complete.
+
+    Args:
+        queries: size of the query grid.
+        keys: size of the key grid.
+        semantics: of the call.
+        wanted: the selected queries, a bool [hq, wq], as bytes; None for all.
+        purpose: "output", "offsets" (cover every selected query, whatever its cells need) or "gradients".
+        value_size: bytes of one score.
+    """
+    more = semantics.reach - 1
+    selected = np.ones(queries, bool) if wanted is None else np.frombuffer(wanted, bool).reshape(queries)
+    needed = _wanted_cells(selected, semantics, offsets=purpose == "offsets")
+    if purpose == "gradients":
+        needed = _covering_queries(needed, more)
+    tiles = []
+    for top, left, bottom, right in _squares(needed, _side(keys, semantics, purpose, value_size)):
+        box = _bounding_box(needed[top:bottom, left:right])
+        if box is None:
+            continue
+        y0, x0, y1, x1 = top + box[0], left + box[1], top + box[2], left + box[3]
+        if purpose == "gradients":
+            rectangle, cells = (y0, x0, y1 - y0, x1 - x0), (y0, x0, y1 - y0 + more, x1 - x0 + more)
+        else:
+            first, last = (max(0, y0 - more), max(0, x0 - more)), (min(queries[0], y1), min(queries[1], x1))
+            rectangle, cells = (*first, last[0] - first[0], last[1] - first[1]), (y0, x0, y1 - y0, x1 - x0)
+        tiles.append(Tile(rectangle, cells, *_positions(queries, rectangle, semantics)))
+    return Plan(
+        tuple(tiles),
+        tuple(_phases(semantics)),
+        (keys[0] + more, keys[1] + more),
+        max((tile.pixels.number for tile in tiles), default=0),
+        max((tile.scores.number for tile in tiles), default=0),
+        max((tile.cell_count for tile in tiles), default=0),
+        max((tile.query_count for tile in tiles), default=0),
+    )
+
+
+def _phases(semantics: Semantics) -> Iterator[Phases]:
+    """One entry if ``paste_size`` is a multiple of ``rate``, else up to four."""
+    rate, most = semantics.rate, semantics.reach
+    remainder = semantics.paste_size % rate
+    axis = [(slice(0, rate), most)]
+    if remainder:
+        axis = [(slice(0, remainder), most), (slice(remainder, rate), most - 1)]
+    for y, reach_y in axis:
+        for x, reach_x in axis:
+            yield Phases(y, x, reach_y, reach_x)
+
+
+def _wanted_cells(selected: np.ndarray[Any, Any], semantics: Semantics, offsets: bool) -> np.ndarray[Any, Any]:
+    """Cells that hold a pixel of a selected query; with ``offsets`` also those for which it must be computed."""
+    rate, pad, more = semantics.rate, semantics.pad_put, semantics.reach - 1
+    height, width = selected.shape
+    cells = np.zeros((height + more, width + more), bool)
+    shifts = range(pad // rate, (pad + rate - 1) // rate + 1)
+    for dy in shifts:
+        for dx in shifts:
+            rows, columns = cells.shape[0] - dy, cells.shape[1] - dx
+            if rows > 0 and columns > 0:
+                cells[dy:, dx:] |= np.pad(selected, ((0, max(0, rows - height)), (0, max(0, columns - width))))[
+                    :rows, :columns
+                ]
+    if offsets:
+        cells[:height, :width] |= selected
+    return cells
+
+
+def _covering_queries(cells: np.ndarray[Any, Any], more: int) -> np.ndarray[Any, Any]:
+    """Queries whose pasted patches reach a wanted cell."""
+    height, width = cells.shape[0] - more, cells.shape[1] - more
+    shifted = [cells[dy : dy + height, dx : dx + width] for dy in range(more + 1) for dx in range(more + 1)]
+    return np.logical_or.reduce(shifted)
+
+
+def _side(keys: Grid, semantics: Semantics, purpose: str, value_size: int) -> int:
+    """Side of the tiles in cells or queries, so that the matrices of one stay within the workspace."""
+    halo, more = semantics.patch - 1 + 2 * semantics.half, semantics.reach - 1
+    row_bytes = value_size * keys[0] * keys[1]
+
+    def rows(side: int) -> int:
+        if purpose == "gradients":  # correlations, patch scores, weights, logits and gradients
+            return (side + halo) ** 2 + (side + 2 * semantics.half) ** 2 + (side + more) ** 2 + 2 * side**2
+        return (side + more + halo) ** 2 + (side + more) ** 2
+
+    side = LARGEST_SIDE
+    while side > 1 and row_bytes * rows(side) > WORKSPACE_BYTES:
+        side -= 1
+    return side
+
+
+def _squares(cells: np.ndarray[Any, Any], side: int) -> Iterator[tuple[int, int, int, int]]:
+    """(top, left, bottom, right) of the squares that the bounding box of the wanted cells is cut into."""
+    box = _bounding_box(cells)
+    if box is None:
+        return
+    y0, x0, y1, x1 = box
+    rows = np.linspace(y0, y1, -(-(y1 - y0) // side) + 1).round().astype(int)
+    columns = np.linspace(x0, x1, -(-(x1 - x0) // side) + 1).round().astype(int)
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
+            yield int(top), int(left), int(bottom), int(right)
+
+
+def _bounding_box(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int] | None:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not rows.size:
+        return None
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _positions(grid: Grid, rectangle: Rectangle, semantics: Semantics) -> tuple[Positions, Positions]:
+    """Positions of the patch scores that the fuse sums for a rectangle of queries, and of their patches' pixels."""
+    (height, width), (top, left, rows, columns) = grid, rectangle
+    y, x = np.mgrid[top : top + rows, left : left + columns].reshape(2, -1)
+    steps = np.arange(-semantics.half, semantics.half + 1)
+    order = (x * height + y)[:, None] + steps
+    order = order[(order >= 0) & (order < height * width)]
+    scores = (order % height * width + order // height)[:, None] + steps
+    scores = np.unique(scores[(scores >= 0) & (scores < height * width)])
+    before = (semantics.patch - 1) // 2
+    reach = np.arange(-before, semantics.patch - before)
+    pixel_y = (scores // width)[:, None, None] + reach[:, None]
+    pixel_x = (scores % width)[:, None, None] + reach
+    inside = (pixel_y >= 0) & (pixel_y < height) & (pixel_x >= 0) & (pixel_x < width)
+    return _runs(scores), _runs(np.unique((pixel_y * width + pixel_x)[inside]))
+
+
+def _runs(positions: np.ndarray[Any, Any]) -> Positions:
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    first_rows = np.concatenate([[0], breaks])
+    slices = tuple(slice(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks))
+    runs = np.stack([positions[first_rows], first_rows], 1).astype(np.int32)
+    return Positions(slices, torch.from_numpy(runs), positions.size)

@@ -1,0 +1,71 @@
+// Every CUDA source of the library, compiled for the emulation, and the launchers and index maps that tests call.
+// Built by tests/emulation_build.py, never shipped. launchers.h says what a parameter is in Python.
+#include "../../csrc/cuda/contextual_attention.cu"
+#include "../../csrc/cuda/contextual_attention_backward.cu"
+#include "../../csrc/cuda/contextual_attention_forward.cu"
+#include "../../csrc/math/contextual_attention.h"
+#include "features.cu"
+#include "planted.cu"
+
+namespace {
+
+using emulation::Exposed;
+
+void expose_contextual_attention(Exposed& exposed) {
+  using namespace inpaint;
+  exposed.add<&launch_key_norm<float>>("contextual_attention_key_norm_float32");
+  exposed.add<&launch_key_norm<double>>("contextual_attention_key_norm_float64");
+  exposed.add<&launch_rows>("contextual_attention_rows");
+  exposed.add<&launch_scores<float>>("contextual_attention_scores_float32");
+  exposed.add<&launch_statistics<float>>("contextual_attention_statistics_float32");
+  exposed.add<&launch_matches<float>>("contextual_attention_matches_float32");
+  exposed.add<&launch_paste_backward<float>>("contextual_attention_paste_backward_float32");
+  exposed.add<&launch_softmax_backward<float>>("contextual_attention_softmax_backward_float32");
+  exposed.add<&launch_fuse_backward<float>>("contextual_attention_fuse_backward_float32");
+  exposed.add<&launch_patch_backward<float>>("contextual_attention_patch_backward_float32");
+  exposed.add<&launch_scores<double>>("contextual_attention_scores_float64");
+  exposed.add<&launch_statistics<double>>("contextual_attention_statistics_float64");
+  exposed.add<&launch_matches<double>>("contextual_attention_matches_float64");
+  exposed.add<&launch_paste_backward<double>>("contextual_attention_paste_backward_float64");
+  exposed.add<&launch_softmax_backward<double>>("contextual_attention_softmax_backward_float64");
+  exposed.add<&launch_fuse_backward<double>>("contextual_attention_fuse_backward_float64");
+  exposed.add<&launch_patch_backward<double>>("contextual_attention_patch_backward_float64");
+  exposed.add<&launch_paste_weights<float, float>>("contextual_attention_paste_weights_float32_float32");
+  exposed.add<&launch_paste<float, float>>("contextual_attention_paste_float32_float32");
+  exposed.add<&launch_paste_weights<float, __half>>("contextual_attention_paste_weights_float32_float16");
+  exposed.add<&launch_paste<float, __half>>("contextual_attention_paste_float32_float16");
+  exposed.add<&launch_paste_weights<float, __nv_bfloat16>>("contextual_attention_paste_weights_float32_bfloat16");
+  exposed.add<&launch_paste<float, __nv_bfloat16>>("contextual_attention_paste_float32_bfloat16");
+  exposed.add<&launch_paste_weights<double, double>>("contextual_attention_paste_weights_float64_float64");
+  exposed.add<&launch_paste<double, double>>("contextual_attention_paste_float64_float64");
+
+  exposed.add_elementwise<&row_neighbour>("row_neighbour");
+  exposed.add_elementwise<&column_neighbour>("column_neighbour");
+  exposed.add_elementwise<&window_start>("window_start");
+  exposed.add_elementwise<&patch_norm<float>>("patch_norm_float32");
+  exposed.add_elementwise<&patch_norm<double>>("patch_norm_float64");
+}
+
+}  // namespace
+
+namespace emulation {
+
+std::vector<Function> functions() {
+  Exposed exposed;
+  expose_contextual_attention(exposed);
+  features::expose_features(exposed);
+  planted::expose_planted(exposed);
+  return exposed.functions();
+}
+
+void set_descending(bool descending) { machine.descending = descending; }
+
+bool is_sanitized() {
+#ifdef __SANITIZE_ADDRESS__
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace emulation
