@@ -242,7 +242,20 @@ def evidence(kernels: Iterable[Kernel], nvcc: str, before: Mapping[str, Any]) ->
 
 def gpu_cases() -> list[dict[str, Any]]:
     """What each GPU case has to compute at least, for its floor."""
-    names = ("op", "case", "size", "batch", "keys", "queries", "direction", "precision", "flops", "bytes")
+    names = [
+        "op",
+        "case",
+        "size",
+        "batch",
+        "keys",
+        "queries",
+        "direction",
+        "precision",
+        "flops",
+        "bytes",
+        "our_flops",
+        "our_bytes",
+    ]
     modules = sorted(path.stem for path in Path(__file__).parent.glob("gpu_*.py"))
     facts = [case.facts() for name in modules for case in importlib.import_module(f"benches.{name}").cases()]
     return [{name: of_case[name] for name in names} for of_case in facts]

@@ -14,10 +14,11 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +27,9 @@ from benches import bench_contextual_attention as bench
 from benches.bench_contextual_attention import CHANNELS, COMPILED, MEASURED_PORTS, NAIVE, OURS, PORTABLE, RATE, Box
 from benches.harness import Outputs, Provider
 from benches.peers import available_ports, load_port
-from inpaint_kernels import contextual_attention
+from inpaint_kernels import PRESETS, contextual_attention
+from inpaint_kernels.cuda_kernels._contextual_attention_plan import make_plan
+from inpaint_kernels.portable._contextual_attention_tiles import Semantics
 
 GEMMS: Final = "GEMMs alone"
 GEMM_ROWS: Final = 2500
@@ -99,10 +102,11 @@ class GpuAttentionCase:
         )
 
     def facts(self) -> Mapping[str, Any]:
-        """The operations and bytes are the least that any implementation needs: no product is computed twice."""
+        """``flops`` and ``bytes`` are the least that any implementation needs, ``our_*`` what ours plans to do."""
         passes = 1 if self.direction == "forward" else 3
         element = 2 if self.precision == BFLOAT16 else 4
         pixels = self.batch * CHANNELS * self.size**2
+        our_flops, our_bytes = planned_work(self)
         return {
             "op": "contextual_attention",
             "case": str(self),
@@ -116,7 +120,46 @@ class GpuAttentionCase:
             "channels": CHANNELS,
             "flops": passes * 2 * self.batch * self.query_count * self.keys * CHANNELS * (1 + RATE**2),
             "bytes": 2 * element * pixels * (1 if passes == 1 else 2),
+            "our_flops": our_flops,
+            "our_bytes": our_bytes,
         }
+
+
+def planned_work(case: GpuAttentionCase) -> tuple[int, int]:
+    """Operations of the matrix products, and bytes of the large matrices, of our kernels' tiles.
+
+    Each pass reads and writes its matrices once: correlations (written by a product, read), logits (written, read),
+    weights (written, read by a product). The backward computes these again in float32 and adds the gradients of
+    weights, probabilities (written, and passed over twice more), patch scores and correlations, and four products.
+    """
+    preset = PRESETS["nipponjo"]
+    semantics = Semantics(**{name.name: getattr(preset, name.name) for name in fields(Semantics)})
+    side, selected = case.size // RATE, None
+    if case.queries is not None:
+        y0, x0, y1, x1 = case.queries
+        box = np.zeros((side, side), bool)
+        box[y0:y1, x0:x1] = True
+        selected = box.tobytes()
+
+    def work(purpose: str, element: int) -> tuple[int, int]:
+        plan = make_plan((side, side), (side, side), semantics, selected, purpose, 4)
+        columns, key_cells = RATE * RATE * CHANNELS, plan.key_cells[0] * plan.key_cells[1]
+        flops = moved = 0
+        for tile in plan.tiles:
+            pixels, queries, cells = tile.pixels.number, tile.query_count, tile.cell_count
+            correlate, paste = 2 * pixels * case.keys * CHANNELS, 2 * cells * key_cells * columns
+            scores = 4 * case.keys
+            if purpose == "output":
+                flops += correlate + paste
+                moved += scores * (2 * pixels + 2 * queries) + 2 * element * cells * key_cells
+            else:
+                flops += 3 * correlate + 2 * paste
+                moved += scores * (6 * pixels + 8 * queries + 2 * tile.scores.number) + 4 * 4 * cells * key_cells
+        return case.batch * flops, case.batch * moved
+
+    forward = work("output", 2 if case.precision == BFLOAT16 else 4)
+    backward = work("gradients", 4) if case.direction != "forward" else (0, 0)
+    return forward[0] + backward[0], forward[1] + backward[1]
 
 
 def cases() -> list[GpuAttentionCase]:

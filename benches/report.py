@@ -275,13 +275,17 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
         measured = (NOT_YET, "", "")
         if ours is not None:
             measured = (f"**{_seconds(ours.wall)}**", f"{ours.wall / least:.1f}x", _mebibytes(ours.peak_mib))
-        rows.append((_gpu_title(facts), _seconds(least), *measured))
-    header = ("ours on a GPU", "floor", "measured", "measured / floor", "extra memory")
+        rows.append((_gpu_title(facts), _seconds(least), _seconds(prediction(facts, ceilings)), *measured))
+    header = ("ours on a GPU", "floor", "predicted", "measured", "measured / floor", "extra memory")
     if run is None or not races:
         source = "Not measured on a GPU yet; `make gpu` does. Floors are those of an H200's datasheet"
     else:
         source = f"{_gpu_provenance(run)} Floors are those of its measured ceilings"
-    note = f"{source}: the longer of operations over rate and bytes over bandwidth, nothing computed or moved twice."
+    note = (
+        f"{source}: the longer of operations over rate and bytes over bandwidth, nothing computed or moved twice. "
+        "Predicted: what our tiles multiply over the rate plus what they move over the bandwidth, without launches, "
+        "which decide the small cases."
+    )
     return f"{_table(header, rows)}\n\n{note}"
 
 
@@ -289,6 +293,18 @@ def floor(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
     """Seconds that the hardware needs at least for a case."""
     arithmetic = facts["flops"] / ceilings["flops_per_second"][facts["precision"]]
     return max(arithmetic, facts["bytes"] / ceilings["copy_bytes_per_second"])
+
+
+def prediction(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
+    """Seconds that our products and passes take one after the other if each runs at its ceiling."""
+    # The backward multiplies in float32, or tf32 where that is allowed, whatever the dtype of the maps.
+    precision = facts["precision"]
+    if facts["direction"] != "forward" and precision == "bfloat16":
+        precision = "float32"
+    return (
+        facts["our_flops"] / ceilings["flops_per_second"][precision]
+        + facts["our_bytes"] / ceilings["copy_bytes_per_second"]
+    )
 
 
 def _ceilings(run: Path | None) -> dict[str, Any] | None:

@@ -159,8 +159,8 @@ class _Call:
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         wanted = None if selected is None else selected.numpy().tobytes()
         self.plan = make_plan(self.queries, self.keys, semantics, wanted, purpose, self.dtype.itemsize)
-        self.selected = None if selected is None else selected.to(query.device)
-        self.pixel_weights = [_pixel_weights(n, semantics).to(query.device, self.dtype) for n in self.queries]
+        self.selected = None if wanted is None else _selected_on(query.device, wanted, self.queries)
+        self.pixel_weights = [_pixel_weights(n, semantics, query.device, self.dtype) for n in self.queries]
         self.work = _Workspace(self, query.device, backward=purpose == "gradients")
 
     def geometry(self, tile: Tile, phases: Phases) -> Tensor:
@@ -382,14 +382,23 @@ def _cells(pixels: Tensor, phases: Phases, grid: Grid, rate: int, pad: int) -> T
     return chosen.permute(1, 3, 0, 2, 4).flatten(2)
 
 
-def _pixel_weights(positions: int, semantics: Semantics) -> Tensor:
-    """1 / (patches that cover a pixel) of one axis, or the root of 1 / divisor, [rate * positions] float64."""
+# These two are kept, as the plan is: a copy to the GPU waits for it, and cannot be captured into a graph.
+@functools.lru_cache(maxsize=16)
+def _selected_on(device: torch.device, wanted: bytes, grid: Grid) -> Tensor:
+    """The selected queries, bool [hq, wq]."""
+    return torch.frombuffer(bytearray(wanted), dtype=torch.bool).view(grid).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _pixel_weights(positions: int, semantics: Semantics, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1 / (patches that cover a pixel) of one axis, or the root of 1 / divisor, [rate * positions]."""
     rate = semantics.rate
     if semantics.divisor:
-        return torch.full((rate * positions,), semantics.divisor**-0.5, dtype=torch.float64, device="cpu")
+        return torch.full((rate * positions,), semantics.divisor**-0.5, dtype=dtype, device=device)
     pixel = torch.arange(rate * positions, device="cpu")[:, None] + semantics.pad_put
     inside = pixel - rate * torch.arange(positions, device="cpu")
-    return 1 / ((inside >= 0) & (inside < semantics.paste_size)).sum(1).clamp_min(1).double()
+    covering = ((inside >= 0) & (inside < semantics.paste_size)).sum(1).clamp_min(1)
+    return (1 / covering.double()).to(device, dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
