@@ -45,7 +45,7 @@ def test_without_a_gpu_one_sentence_says_so(capsys):
 @no_gpu
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_gpu_fails_without_a_gpu_and_makes_nothing(tmp_path):
-    command = ["make", "gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}"]
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stdout.splitlines()[0].startswith("make gpu needs a GPU")
@@ -54,7 +54,9 @@ def test_make_gpu_fails_without_a_gpu_and_makes_nothing(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_gpu_names_an_interpreter_without_torch():
-    done = subprocess.run(["make", "gpu", "PYTHON=no-such-python"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "gpu", "PYTHON=no-such-python"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "make gpu needs torch and pytest in no-such-python" in done.stdout
 
