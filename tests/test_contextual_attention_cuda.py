@@ -179,6 +179,20 @@ def test_nothing_valid(masking):
 
 
 @needs_emulation
+def test_nothing_selected_and_empty_batch():
+    f, b, mask = make_maps((12, 16), (12, 16))
+    nothing = torch.zeros(6, 8, dtype=torch.bool)
+    output, index, maximum = emulated(f, b, mask, queries=nothing)
+    assert not output.any()
+    assert (index == -1).all()
+    assert not maximum.any()
+    assert not any(x.any() for x in emulated_gradients(torch.randn(2, 3, 12, 16), f, b, mask, queries=nothing))
+    output, index, _ = emulated(f[:0], b[:0], mask[:0])
+    assert output.shape == (0, 3, 12, 16)
+    assert index.shape == (0, 6, 8)
+
+
+@needs_emulation
 def test_nan_reaches_only_what_depends_on_it():
     f, b, _ = make_maps((32, 32), (8, 8), batch=1)
     f[0, 0, 16, 16] = float("nan")
