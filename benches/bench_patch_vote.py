@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from benches.conftest import CLOCK, Race
 from benches.harness import Outputs, Provider
+from benches.hole_case import BACKENDS, CHANNELS, NAIVE, HoleCase
 from inpaint_kernels import patch_vote
 
 if TYPE_CHECKING:
@@ -20,23 +20,16 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-CHANNELS: Final = 5
 PATCH: Final = 9
 TOLERANCE: Final = 1e-5
 LARGEST_FOR_REFERENCE: Final = 200
-OURS, PORTABLE, NAIVE = "ours", "portable", "naive"
-BACKENDS: Final = {NAIVE: "reference", OURS: "cpu", PORTABLE: "portable"}
 
 
 @dataclass(frozen=True)
-class PatchVoteCase:
+class PatchVoteCase(HoleCase):
     """One race: a square hole in a square photo, with matches that are coherent in blocks of 8x8."""
 
-    photo: int
-    hole: int
-
-    def __str__(self) -> str:
-        return f"{self.photo}x{self.photo}-hole{self.hole}"
+    op = "patch_vote"
 
     @property
     def baseline(self) -> str | None:
@@ -46,10 +39,6 @@ class PatchVoteCase:
     def tolerances(self) -> tuple[float, ...]:
         return (TOLERANCE,)
 
-    @property
-    def provider_names(self) -> list[str]:
-        return [name for name in BACKENDS if name != NAIVE or self.baseline]
-
     def provider(self, name: str) -> Provider:
         return Provider(
             name,
@@ -57,17 +46,6 @@ class PatchVoteCase:
             expected=functools.partial(_expected, self),
             warm_up=functools.partial(_vote, *_inputs(PatchVoteCase(64, 16)), BACKENDS[name]),
         )
-
-    def facts(self) -> Mapping[str, Any]:
-        return {
-            "op": "patch_vote",
-            "case": str(self),
-            "size": self.photo,
-            "keys": self.photo**2,
-            "queries": self.hole**2,
-            "direction": "forward",
-            "channels": CHANNELS,
-        }
 
 
 @functools.cache

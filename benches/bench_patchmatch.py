@@ -7,9 +7,8 @@ float64. ``photo`` is a square map of keys, ``hole`` the side of the square of q
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from benches.conftest import CLOCK, Race
 from benches.harness import Outputs, Provider
+from benches.hole_case import BACKENDS, CHANNELS, NAIVE, HoleCase
 from inpaint_kernels import patchmatch
 
 if TYPE_CHECKING:
@@ -24,22 +24,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-CHANNELS: Final = 5
 ITERATIONS: Final = 2
 LARGEST_FOR_REFERENCE: Final = 256
-OURS, PORTABLE, NAIVE = "ours", "portable", "naive"
-BACKENDS: Final = {NAIVE: "reference", OURS: "cpu", PORTABLE: "portable"}
 
 
 @dataclass(frozen=True)
-class PatchMatchCase:
+class PatchMatchCase(HoleCase):
     """One race: the queries of a hole against the keys of a photo, both square."""
 
-    photo: int
-    hole: int
-
-    def __str__(self) -> str:
-        return f"{self.photo}x{self.photo}-hole{self.hole}"
+    op = "patchmatch"
 
     @property
     def baseline(self) -> str | None:
@@ -49,10 +42,6 @@ class PatchMatchCase:
     def tolerances(self) -> tuple[float, ...]:
         return (0.0, 0.0)
 
-    @property
-    def provider_names(self) -> list[str]:
-        return [name for name in BACKENDS if name != NAIVE or self.baseline]
-
     def provider(self, name: str) -> Provider:
         return Provider(
             name,
@@ -60,17 +49,6 @@ class PatchMatchCase:
             expected=functools.partial(_expected, self),
             warm_up=functools.partial(_search, *_inputs(PatchMatchCase(32, 16)), BACKENDS[name]),
         )
-
-    def facts(self) -> Mapping[str, Any]:
-        return {
-            "op": "patchmatch",
-            "case": str(self),
-            "size": self.photo,
-            "keys": self.photo**2,
-            "queries": self.hole**2,
-            "direction": "forward",
-            "channels": CHANNELS,
-        }
 
 
 @functools.cache
