@@ -37,6 +37,10 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "match_patches": ("CPU",),
     "patchmatch": ("CPU",),
     "patch_vote": ("CPU",),
+    "gated_conv2d": ("CPU",),
+    "gated_conv2d_gate_backward": ("CPU",),
+    "dilated_conv2d": ("CPU",),
+    "partial_conv2d": ("CPU",),
 }
 
 _KEYS: tuple[DispatchKey, ...] = ("CPU", "CUDA")

@@ -1,0 +1,494 @@
+// The CPU convolution: how the work is cut, and the two ways to compute a piece of it.
+//
+// A task is some output rows of a strip of columns. The input rows that it needs are packed one by one - padded,
+// enlarged, mirrored, masked and converted on the way, so that no such copy of the whole input exists -, the sums of a
+// row and a panel of channels are computed into a small buffer, and the epilogue writes them to the output.
+//
+//   DirectTask    any kernel, stride and dilation: the products of the definition
+//   WinogradTask  3 x 3 with stride 1: 16 products where the definition has 36
+//
+// Every output has one fixed order of additions, whatever the number of threads.
+#include "convolution.h"
+
+#include <vector>
+
+#include "convolution_kernels.h"
+#include "memory.h"
+#include "tasks.h"
+
+namespace inpaint {
+namespace {
+
+// Measured with 96 -> 192 channels: what one core keeps in its second-level cache beside the rest.
+constexpr int64_t kRowBytes = 256 << 10;     // packed input rows of a strip
+constexpr int64_t kWeightBytes = 192 << 10;  // weights that one pass over a strip multiplies with
+constexpr int64_t kTileBytes = 384 << 10;    // Winograd's transformed inputs
+constexpr int64_t kMostTiles = 64;
+constexpr int64_t kBands = 8;  // pieces of the height, for threads to share
+constexpr int64_t kSmallestBand = 2, kLargestBand = 32;
+// Fewer channels than this and Winograd's transforms cost more than they save.
+constexpr int64_t kWinogradChannels = 16;
+
+// ---- Weights -----------------------------------------------------------------------------------------------------
+
+// How the rows of the weight become panels of columns.
+class Panels {
+ public:
+  Panels(int64_t rows, bool gated, bool gate_first) : gated_(gated), gate_first_(gate_first) {
+    outputs_ = gated ? rows / 2 : rows;
+    constexpr struct {
+      int64_t columns;
+      double cost;  // of one column: a narrow panel has fewer products per load
+    } kinds[] = {{48, 1.0}, {32, 1.05}, {16, 1.25}};
+    double least = 0;
+    for (const auto& kind : kinds) {
+      const int64_t width = gated ? kind.columns / 2 : kind.columns;
+      const double cost = ceil_div(outputs_, width) * kind.columns * kind.cost;
+      if (width_ != 0 && cost >= least) continue;
+      least = cost;
+      columns_ = kind.columns;
+      width_ = width;
+    }
+  }
+
+  int64_t count() const { return ceil_div(outputs_, width_); }
+  int64_t columns() const { return columns_; }
+
+  PanelChannels channels(int64_t panel) const {
+    return {panel * width_, std::min(width_, outputs_ - panel * width_), columns_, width_};
+  }
+
+  // The row of the weight in a column; -1: none.
+  int64_t row(int64_t panel, int64_t column) const {
+    const bool gate = column >= width_;
+    const int64_t output = panel * width_ + (gate ? column - width_ : column);
+    if (output >= outputs_) return -1;
+    return gated_ && gate != gate_first_ ? outputs_ + output : output;
+  }
+
+ private:
+  bool gated_, gate_first_;
+  int64_t outputs_, columns_ = 0, width_ = 0;
+};
+
+// weights [panel][inner][column] and bias [panel][column].
+template <class T>
+struct PackedWeights {
+  Buffer<T> weights, bias;
+  int64_t inner;
+};
+
+// `Transform(kernel [taps], to [products])` turns the taps of a pair of channels into what is multiplied; inner index
+// product * channels + channel.
+template <class T, class Element, class Transform>
+PackedWeights<T> pack_weights(const Convolution<T, Element>& convolution, const Panels& panels, int64_t products,
+                              const Transform& transform) {
+  const int64_t channels = convolution.input.channels, columns = panels.columns();
+  const int64_t taps = convolution.y.kernel * convolution.x.kernel, inner = products * channels;
+  PackedWeights<T> packed{Buffer<T>(panels.count() * inner * columns), Buffer<T>(panels.count() * columns), inner};
+  run_tasks(panels.count(), inner * columns, [&](int64_t, int64_t panel) {
+    T* to = packed.weights.get() + panel * inner * columns;
+    std::vector<T> kernel(taps), values(products);
+    for (int64_t n = 0; n < columns; ++n) {
+      const int64_t row = panels.row(panel, n);
+      const bool biased = row >= 0 && convolution.bias != nullptr;
+      packed.bias[panel * columns + n] = biased ? load_one<T>(convolution.bias + row) : T(0);
+      for (int64_t c = 0; c < channels; ++c) {
+        const Element* from = convolution.weight + (row * channels + c) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap) kernel[tap] = row < 0 ? T(0) : load_one<T>(from + tap);
+        transform(kernel.data(), values.data());
+        for (int64_t i = 0; i < products; ++i) to[(i * channels + c) * columns + n] = values[i];
+      }
+    }
+  });
+  return packed;
+}
+
+// ---- Plan --------------------------------------------------------------------------------------------------------
+
+// Output rows that are `phases` apart read input rows that are `dilation` apart: taken class by class, a dilated
+// convolution is a dense one.
+int64_t phases_of(const Axis& axis) { return axis.stride == 1 ? std::min(axis.dilation, axis.outputs) : 1; }
+
+// What one task computes: rows [begin, end) of class `phase`, strip `strip`.
+struct Piece {
+  int64_t b, phase, begin, end, strip;
+};
+
+// Cuts the rows of every class (those of Winograd come in pairs) into bands.
+std::vector<Piece> cut(int64_t batch, const Axis& y, int64_t rows_together, int64_t strips) {
+  std::vector<Piece> pieces;
+  const int64_t phases = phases_of(y);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const int64_t rows = ceil_div(ceil_div(y.outputs - phase, phases), rows_together);
+        const int64_t band = std::clamp(ceil_div(rows, kBands), kSmallestBand, kLargestBand);
+        for (int64_t begin = 0; begin < rows; begin += band)
+          pieces.push_back({b, phase, begin, std::min(begin + band, rows), strip});
+      }
+    }
+  }
+  return pieces;
+}
+
+// The packed input rows of a task; each is packed once while the task goes down.
+template <class T>
+class RowRing {
+ public:
+  RowRing(int64_t slots, int64_t row_size)
+      : slots_(slots), row_size_(row_size), memory_(slots * row_size), held_(slots, kNone) {}
+
+  void clear() { std::fill(held_.begin(), held_.end(), kNone); }
+
+  // The slot for position number `number` of a task; pack() fills it if it holds another one.
+  template <class Pack>
+  INPAINT_INLINE const T* row(int64_t number, const Pack& pack) {
+    const int64_t slot = number % slots_;
+    T* memory = memory_.get() + slot * row_size_;
+    if (held_[slot] != number) {
+      held_[slot] = number;
+      pack(memory);
+    }
+    return memory;
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+  int64_t slots_, row_size_;
+  Buffer<T> memory_;
+  std::vector<int64_t> held_;
+};
+
+// ---- Direct ------------------------------------------------------------------------------------------------------
+
+template <class T, class Element>
+class Direct {
+ public:
+  explicit Direct(const Convolution<T, Element>& convolution)
+      : convolution_(convolution),
+        panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
+        channels_(convolution.input.channels),
+        weights_(pack_weights(convolution, panels_, convolution.y.kernel * convolution.x.kernel,
+                              [taps = convolution.y.kernel * convolution.x.kernel](const T* kernel, T* to) {
+                                std::copy_n(kernel, taps, to);
+                              })) {
+    const Axis &y = convolution.y, &x = convolution.x;
+    const int64_t pixel = convolution.y.kernel * channels_ * static_cast<int64_t>(sizeof(T)) * x.stride;
+    const int64_t wanted = std::max<int64_t>(kRowBytes / pixel / kPositions, 4) * kPositions;
+    const int64_t strips = ceil_div(x.outputs, wanted);
+    strip_ = round_up(ceil_div(x.outputs, strips), kPositions);
+    columns_ = (strip_ - 1) * x.stride + (x.kernel - 1) * x.dilation + 1;
+    pieces_ = cut(convolution.batch, y, 1, ceil_div(x.outputs, strip_));
+    // Taps of a kernel row are one run where they are neighbours.
+    runs_per_row_ = x.dilation == 1 ? 1 : x.kernel;
+    run_length_ = x.dilation == 1 ? x.kernel * channels_ : channels_;
+    const int64_t run_bytes = run_length_ * panels_.columns() * static_cast<int64_t>(sizeof(T));
+    runs_together_ = std::max<int64_t>(kWeightBytes / run_bytes, 1);
+  }
+
+  struct Worker {
+    explicit Worker(const Direct& plan)
+        : rows(plan.rows_in_ring(), plan.columns_ * plan.channels_),
+          sums(plan.strip_ * plan.panels_.columns()),
+          columns(plan.columns_) {}
+    RowRing<T> rows;
+    Buffer<T> sums;
+    std::vector<int32_t> columns;
+    std::vector<Run<T>> runs;
+  };
+
+  const std::vector<Piece>& pieces() const { return pieces_; }
+
+  template <int positions, int bytes>
+  INPAINT_INLINE void run(const Piece& piece, Worker& worker) const {
+    const Axis &y = convolution_.y, &x = convolution_.x;
+    const int64_t left = piece.strip * strip_, count = std::min(strip_, x.outputs - left);
+    for (int64_t i = 0; i < columns_; ++i)
+      worker.columns[i] = static_cast<int32_t>(x.source(x.position(left) + i));
+    worker.rows.clear();
+    const int64_t phases = phases_of(y);
+    for (int64_t t = piece.begin; t < piece.end; ++t) {
+      const int64_t out_y = piece.phase + t * phases;
+      collect_runs(piece, t, out_y, worker);
+      for (int64_t panel = 0; panel < panels_.count(); ++panel) {
+        multiply_row<positions, bytes>(worker, panel, round_up(count, kPositions));
+        finish(convolution_, {piece.b, out_y, left, 1, count}, panels_.channels(panel),
+               weights_.bias.get() + panel * panels_.columns(), worker.sums.get());
+      }
+    }
+  }
+
+ private:
+  // Rows of a task are numbered so that one is found again: with stride 1 the next row's tap i is this one's tap i + 1.
+  int64_t row_number(int64_t t, int64_t tap) const {
+    const Axis& y = convolution_.y;
+    return y.stride == 1 ? t + tap : t * y.stride + tap * y.dilation;
+  }
+  int64_t rows_in_ring() const { return row_number(0, convolution_.y.kernel - 1) + 1; }
+
+  // The runs of an output row, without those in rows of zeros.
+  INPAINT_INLINE void collect_runs(const Piece& piece, int64_t t, int64_t out_y, Worker& worker) const {
+    const Axis& y = convolution_.y;
+    const int64_t across = convolution_.x.dilation * channels_;
+    worker.runs.clear();
+    for (int64_t i = 0; i < y.kernel; ++i) {
+      const int64_t position = y.position(out_y) + i * y.dilation, source = y.source(position);
+      if (source < 0) continue;
+      const T* row = worker.rows.row(row_number(t, i), [&](T* to) INPAINT_INLINE_LAMBDA {
+        pack_row(convolution_, piece.b, source, worker.columns.data(), columns_, to, channels_);
+        mask_row(convolution_, piece.b, source, worker.columns.data(), columns_, to, channels_);
+      });
+      const T* weights = weights_.weights.get() + i * convolution_.x.kernel * channels_ * panels_.columns();
+      for (int64_t j = 0; j < runs_per_row_; ++j)
+        worker.runs.push_back({row + j * across, weights + j * channels_ * panels_.columns()});
+    }
+  }
+
+  template <int positions, int bytes>
+  INPAINT_INLINE void multiply_row(Worker& worker, int64_t panel, int64_t count) const {
+    const int64_t columns = panels_.columns(), stride = convolution_.x.stride * channels_;
+    const int64_t total = static_cast<int64_t>(worker.runs.size());
+    if (total == 0) std::fill_n(worker.sums.get(), count * columns, T(0));
+    for (int64_t first = 0; first < total; first += runs_together_) {
+      const Runs<T> runs{worker.runs.data() + first, std::min(runs_together_, total - first), run_length_, stride};
+      for (int64_t p = 0; p < count; p += kPositions)
+        multiply<T, positions, bytes>(runs, p * stride, panel * weights_.inner * columns, columns,
+                                      worker.sums.get() + p * columns, first > 0);
+    }
+  }
+
+  const Convolution<T, Element>& convolution_;
+  Panels panels_;
+  int64_t channels_;
+  PackedWeights<T> weights_;
+  int64_t strip_, columns_, runs_per_row_, run_length_, runs_together_;
+  std::vector<Piece> pieces_;
+};
+
+// ---- Winograd ----------------------------------------------------------------------------------------------------
+
+// Tiles of one class of columns: outputs x + phases * (2 tile + {0, 1}).
+struct TileSpan {
+  int64_t phase, begin, end;
+};
+
+template <class T, class Element>
+class Winograd {
+ public:
+  static bool fits(const Convolution<T, Element>& convolution) {
+    const Axis &y = convolution.y, &x = convolution.x;
+    return y.kernel == 3 && x.kernel == 3 && y.stride == 1 && x.stride == 1 &&
+           convolution.input.channels >= kWinogradChannels && convolution.rows >= kWinogradChannels;
+  }
+
+  explicit Winograd(const Convolution<T, Element>& convolution)
+      : convolution_(convolution),
+        panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
+        channels_(convolution.input.channels),
+        stride_(round_up(channels_, kChunk)),
+        weights_(pack_weights(convolution, panels_, kWinogradProducts, transform_kernel<T>)) {
+    const int64_t per_tile = kWinogradProducts * stride_ * static_cast<int64_t>(sizeof(T));
+    const int64_t limit = std::clamp<int64_t>(kTileBytes / per_tile / kPositions, 1, kMostTiles / kPositions);
+    cut_strips(limit * kPositions);
+    pieces_ = cut(convolution.batch, convolution.y, kWinogradOutputs, static_cast<int64_t>(strips_.size()));
+  }
+
+  struct Worker {
+    explicit Worker(const Winograd& plan)
+        : rows(kWinogradInputs, plan.most_columns_ * plan.stride_),
+          inputs(kWinogradProducts * plan.most_tiles_ * plan.stride_),
+          products(kWinogradProducts * plan.most_tiles_ * plan.panels_.columns()),
+          sums(kWinogradOutputs * kWinogradOutputs * plan.most_tiles_ * plan.panels_.columns()) {}
+    RowRing<T> rows;
+    Buffer<T> inputs, products, sums;
+    std::vector<int32_t> columns;
+  };
+
+  const std::vector<Piece>& pieces() const { return pieces_; }
+
+  template <int positions, int bytes>
+  INPAINT_INLINE void run(const Piece& piece, Worker& worker) const {
+    const std::vector<TileSpan>& spans = strips_[piece.strip];
+    list_columns(spans, worker.columns);
+    worker.rows.clear();
+    int64_t tiles = 0;
+    for (const TileSpan& span : spans) tiles += span.end - span.begin;
+    for (int64_t t = piece.begin; t < piece.end; ++t) {
+      transform_inputs(piece, t, spans, worker);
+      for (int64_t panel = 0; panel < panels_.count(); ++panel) {
+        multiply_tiles<positions, bytes>(worker, panel, round_up(tiles, kPositions));
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          transform_output<T>(worker.products.get() + tile * panels_.columns(), most_tiles_ * panels_.columns(),
+                              panels_.columns(), worker.sums.get() + kWinogradOutputs * tile * panels_.columns(),
+                              row_of_sums());
+        finish_rows(piece, t, spans, panel, worker);
+      }
+    }
+  }
+
+ private:
+  int64_t row_of_sums() const { return kWinogradOutputs * most_tiles_ * panels_.columns(); }
+
+  static int64_t columns_of(const TileSpan& span) { return kWinogradOutputs * (span.end - span.begin) + 2; }
+
+  void cut_strips(int64_t limit) {
+    const Axis& x = convolution_.x;
+    const int64_t phases = phases_of(x);
+    std::vector<TileSpan> all;
+    int64_t total = 0;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      all.push_back({phase, 0, ceil_div(ceil_div(x.outputs - phase, phases), kWinogradOutputs)});
+      total += all.back().end;
+    }
+    const int64_t strips = ceil_div(total, limit);
+    const int64_t per_strip = std::min(limit, round_up(ceil_div(total, strips), kPositions));
+    int64_t room = 0;
+    for (const TileSpan& span : all) {
+      for (int64_t begin = span.begin; begin < span.end;) {
+        if (room == 0) {
+          strips_.emplace_back();
+          room = per_strip;
+        }
+        const int64_t end = std::min(span.end, begin + room);
+        strips_.back().push_back({span.phase, begin, end});
+        room -= end - begin;
+        begin = end;
+      }
+    }
+    most_tiles_ = per_strip;
+    most_columns_ = 0;
+    for (const std::vector<TileSpan>& strip : strips_) {
+      int64_t columns = 0;
+      for (const TileSpan& span : strip) columns += columns_of(span);
+      most_columns_ = std::max(most_columns_, columns);
+    }
+  }
+
+  // The input columns of a strip: those of its spans one after the other.
+  void list_columns(const std::vector<TileSpan>& spans, std::vector<int32_t>& columns) const {
+    const Axis& x = convolution_.x;
+    columns.clear();
+    for (const TileSpan& span : spans)
+      for (int64_t i = 0; i < columns_of(span); ++i)
+        columns.push_back(static_cast<int32_t>(
+            x.source(x.position(span.phase) + (kWinogradOutputs * span.begin + i) * x.dilation)));
+  }
+
+  INPAINT_INLINE void transform_inputs(const Piece& piece, int64_t t, const std::vector<TileSpan>& spans,
+                                       Worker& worker) const {
+    const Axis& y = convolution_.y;
+    const int64_t count = static_cast<int64_t>(worker.columns.size());
+    const T* rows[kWinogradInputs];
+    for (int i = 0; i < kWinogradInputs; ++i) {
+      const int64_t number = kWinogradOutputs * t + i;
+      const int64_t source = y.source(y.position(piece.phase) + number * y.dilation);
+      rows[i] = worker.rows.row(number, [&](T* to) INPAINT_INLINE_LAMBDA {
+        pack_row(convolution_, piece.b, source, worker.columns.data(), count, to, stride_);
+        mask_row(convolution_, piece.b, source, worker.columns.data(), count, to, stride_);
+      });
+    }
+    T* to = worker.inputs.get();
+    for (const TileSpan& span : spans) {
+      for (int64_t tile = span.begin; tile < span.end; ++tile, to += stride_) {
+        transform_input<T>(rows, stride_, to, most_tiles_ * stride_);
+        for (const T*& row : rows) row += kWinogradOutputs * stride_;
+      }
+      for (const T*& row : rows) row += 2 * stride_;
+    }
+  }
+
+  template <int positions, int bytes>
+  INPAINT_INLINE void multiply_tiles(Worker& worker, int64_t panel, int64_t tiles) const {
+    const int64_t columns = panels_.columns();
+    for (int64_t product = 0; product < kWinogradProducts; ++product) {
+      const Run<T> run{worker.inputs.get() + product * most_tiles_ * stride_,
+                       weights_.weights.get() + product * channels_ * columns};
+      const Runs<T> runs{&run, 1, channels_, stride_};
+      T* to = worker.products.get() + product * most_tiles_ * columns;
+      for (int64_t tile = 0; tile < tiles; tile += kPositions)
+        multiply<T, positions, bytes>(runs, tile * stride_, panel * weights_.inner * columns, columns,
+                                      to + tile * columns, false);
+    }
+  }
+
+  INPAINT_INLINE void finish_rows(const Piece& piece, int64_t t, const std::vector<TileSpan>& spans, int64_t panel,
+                                  Worker& worker) const {
+    const Axis &y = convolution_.y, &x = convolution_.x;
+    const int64_t y_phases = phases_of(y), x_phases = phases_of(x), columns = panels_.columns();
+    for (int64_t i = 0; i < kWinogradOutputs; ++i) {
+      const int64_t out_y = piece.phase + y_phases * (kWinogradOutputs * t + i);
+      if (out_y >= y.outputs) break;
+      T* sums = worker.sums.get() + i * row_of_sums();
+      for (const TileSpan& span : spans) {
+        const int64_t first = span.phase + x_phases * kWinogradOutputs * span.begin;
+        const int64_t tiles = span.end - span.begin;
+        const int64_t count = std::min(kWinogradOutputs * tiles, ceil_div(x.outputs - first, x_phases));
+        finish(convolution_, {piece.b, out_y, first, x_phases, count}, panels_.channels(panel),
+               weights_.bias.get() + panel * columns, sums);
+        sums += kWinogradOutputs * tiles * columns;
+      }
+    }
+  }
+
+  const Convolution<T, Element>& convolution_;
+  Panels panels_;
+  int64_t channels_, stride_;  // stride: channels of a packed pixel
+  PackedWeights<T> weights_;
+  std::vector<std::vector<TileSpan>> strips_;
+  int64_t most_tiles_, most_columns_;
+  std::vector<Piece> pieces_;
+};
+
+// ---- Instruction sets --------------------------------------------------------------------------------------------
+
+// One version per register file: 8 x 3 vectors of 64 bytes in 32 registers, 4 x 3 of 32 or 16 bytes in 16.
+#define INPAINT_RUN_PIECE(Way, T, Element, attributes, positions, bytes)                                           \
+  attributes inline void run_piece(const Way<T, Element>& way, const Piece& piece, typename Way<T, Element>::Worker& worker) { \
+    way.template run<positions, bytes>(piece, worker);                                                             \
+  }
+#ifdef INPAINT_X86_VERSIONS
+#define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element)                                              \
+  INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("arch=x86-64-v4"))), kPositions, 64)  \
+  INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("arch=x86-64-v3"))), kPositions / 2, 32) \
+  INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("default"))), kPositions / 2, 16)
+#else
+#define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element) INPAINT_RUN_PIECE(Way, T, Element, , kPositions / 2, 16)
+#endif
+INPAINT_RUN_PIECE_VERSIONS(Direct, float, float)
+INPAINT_RUN_PIECE_VERSIONS(Direct, double, double)
+INPAINT_RUN_PIECE_VERSIONS(Direct, float, HalfBits)
+INPAINT_RUN_PIECE_VERSIONS(Direct, float, BFloatBits)
+INPAINT_RUN_PIECE_VERSIONS(Winograd, float, float)
+INPAINT_RUN_PIECE_VERSIONS(Winograd, double, double)
+INPAINT_RUN_PIECE_VERSIONS(Winograd, float, HalfBits)
+INPAINT_RUN_PIECE_VERSIONS(Winograd, float, BFloatBits)
+
+template <class Way, class Convolution>
+void run_pieces(const Convolution& convolution) {
+  const Way way(convolution);
+  const std::vector<Piece>& pieces = way.pieces();
+  std::vector<std::unique_ptr<typename Way::Worker>> workers(worker_count());
+  run_tasks(static_cast<int64_t>(pieces.size()), kParallelWork, [&](int64_t w, int64_t i) {
+    if (workers[w] == nullptr) workers[w] = std::make_unique<typename Way::Worker>(way);
+    run_piece(way, pieces[i], *workers[w]);
+  });
+}
+
+template <class T, class Element>
+void convolve_some_way(const Convolution<T, Element>& convolution) {
+  if (convolution.batch == 0 || convolution.rows == 0) return;
+  if (Winograd<T, Element>::fits(convolution))
+    run_pieces<Winograd<T, Element>>(convolution);
+  else
+    run_pieces<Direct<T, Element>>(convolution);
+}
+
+}  // namespace
+
+void convolve(const Convolution<float, float>& convolution) { convolve_some_way(convolution); }
+void convolve(const Convolution<double, double>& convolution) { convolve_some_way(convolution); }
+void convolve(const Convolution<float, HalfBits>& convolution) { convolve_some_way(convolution); }
+void convolve(const Convolution<float, BFloatBits>& convolution) { convolve_some_way(convolution); }
+
+}  // namespace inpaint

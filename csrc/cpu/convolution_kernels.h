@@ -1,0 +1,480 @@
+// The inner loops of the CPU convolution. All are inlined into one function per instruction set (convolution.cpp).
+#pragma once
+
+#include "convolution.h"
+#include "simd.h"
+
+namespace inpaint {
+
+// Positions (pixels, or Winograd's tiles) whose sums are in registers together.
+constexpr int kPositions = 8;
+// Everything but the products works on vectors of this many channels.
+constexpr int kChunk = 8;
+// Columns of a panel of weights: up to three vectors of 64 bytes for each of 8 positions, 24 of AVX-512's 32 registers
+// (measured with 864 inner indices: 116 GFLOP/s, all that a Zen 4 core has; 12 x 2 and 6 x 4 vectors do the same).
+constexpr int kWidestPanel = 48;
+
+template <class T>
+using Chunk = typename VectorOf<T, kChunk * sizeof(T)>::type;
+template <class T>
+using ChunkMask = typename VectorOf<LaneInt<T>, kChunk * sizeof(T)>::type;
+
+// ---- Elements ----------------------------------------------------------------------------------------------------
+
+typedef uint16_t ShortChunk __attribute__((vector_size(2 * kChunk)));
+typedef uint32_t WordChunk __attribute__((vector_size(4 * kChunk)));
+
+template <class T>
+INPAINT_INLINE Chunk<T> load_chunk(const T* from) {
+  return load<Chunk<T>>(from);
+}
+
+template <class T>
+INPAINT_INLINE Chunk<float> load_chunk(const BFloatBits* from) {
+  return (Chunk<float>)(__builtin_convertvector(load<ShortChunk>(from), WordChunk) << 16);
+}
+
+template <class T>
+INPAINT_INLINE Chunk<float> load_chunk(const HalfBits* from) {
+  const WordChunk half = __builtin_convertvector(load<ShortChunk>(from), WordChunk);
+  const WordChunk magnitude = half & 0x7fffu;
+  // The exponent's bias differs by 112; as a product, that is right for subnormal numbers too.
+  const WordChunk finite = (WordChunk)((Chunk<float>)(magnitude << 13) * 0x1p112f);
+  const WordChunk value = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite;
+  return (Chunk<float>)(value | ((half & 0x8000u) << 16));
+}
+
+template <class T>
+INPAINT_INLINE void store_chunk(T* to, Chunk<T> v) {
+  store(to, v);
+}
+
+template <class T>
+INPAINT_INLINE void store_chunk(BFloatBits* to, Chunk<float> v) {
+  const WordChunk word = (WordChunk)v;
+  const WordChunk rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  store(to, __builtin_convertvector(v == v ? rounded : WordChunk{} + 0x7fc0u, ShortChunk));
+}
+
+template <class T>
+INPAINT_INLINE void store_chunk(HalfBits* to, Chunk<float> v) {
+  const WordChunk word = (WordChunk)v, sign = (word & 0x80000000u) >> 16, magnitude = word & 0x7fffffffu;
+  // Adding a half leaves what a subnormal half can hold in the lowest bits, rounded to nearest even by the addition.
+  const WordChunk subnormal = (WordChunk)((Chunk<float>)magnitude + 0.5f) - 0x3f000000u;
+  const WordChunk normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  WordChunk half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? WordChunk{} + 0x7c00u : half;  // rounds to infinity
+  half = magnitude > 0x7f800000u ? WordChunk{} + 0x7e00u : half;
+  store(to, __builtin_convertvector(half | sign, ShortChunk));
+}
+
+template <class T, class Element>
+INPAINT_INLINE T load_one(const Element* from) {
+  if constexpr (std::is_same_v<T, Element>) {
+    return *from;
+  } else {
+    Element lanes[kChunk] = {*from};
+    return load_chunk<T>(lanes)[0];
+  }
+}
+
+// The first `count` channels, zeros in the rest.
+template <class T, class Element>
+INPAINT_INLINE Chunk<T> load_channels(const Element* from, int64_t count) {
+  if (count >= kChunk) return load_chunk<T>(from);
+  Element lanes[kChunk] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load_chunk<T>(lanes);
+}
+
+template <class T, class Element>
+INPAINT_INLINE void store_channels(Element* to, Chunk<T> v, int64_t count) {
+  if (count >= kChunk) return store_chunk<T>(to, v);
+  Element lanes[kChunk];
+  store_chunk<T>(lanes, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// ---- Packing -----------------------------------------------------------------------------------------------------
+
+// Copies the pixels `columns` of an input row (-1: a zero) to to[i * stride + channel]; channels beyond the map's are 0.
+template <class T, class Element>
+INPAINT_INLINE void pack_row(const Convolution<T, Element>& convolution, int64_t b, int64_t row, const int32_t* columns,
+                             int64_t count, T* to, int64_t stride) {
+  const Map<const Element>& input = convolution.input;
+  const int64_t channels = input.channels;
+  if (row < 0) {
+    std::fill_n(to, count * stride, T(0));
+    return;
+  }
+  if (input.channels_last) {
+    const Element* from = input.sample(b) + row * input.width * channels;
+    for (int64_t i = 0; i < count;) {
+      if (columns[i] < 0) {
+        std::fill_n(to + i++ * stride, stride, T(0));
+        continue;
+      }
+      // Consecutive pixels without channels between them are one piece.
+      int64_t pixels = 1;
+      while (stride == channels && i + pixels < count && columns[i + pixels] == columns[i] + pixels) ++pixels;
+      const Element* pixel = from + columns[i] * channels;
+      T* packed = to + i * stride;
+      const int64_t length = pixels * channels;
+      int64_t k = 0;
+      for (; k + kChunk <= length; k += kChunk) store_chunk<T>(packed + k, load_chunk<T>(pixel + k));
+      for (; k < length; ++k) packed[k] = load_one<T>(pixel + k);
+      for (; k < pixels * stride; ++k) packed[k] = 0;
+      i += pixels;
+    }
+  } else {
+    const Element* from = input.sample(b) + row * input.width;
+    for (int64_t c = 0; c < stride; ++c) {
+      const Element* channel = from + c * input.plane();
+      for (int64_t i = 0; i < count; ++i)
+        to[i * stride + c] = c < channels && columns[i] >= 0 ? load_one<T>(channel + columns[i]) : T(0);
+    }
+  }
+}
+
+// Multiplies the packed pixels with the masks of their channels.
+template <class T, class Element>
+INPAINT_INLINE void mask_row(const Convolution<T, Element>& convolution, int64_t b, int64_t row, const int32_t* columns,
+                             int64_t count, T* packed, int64_t stride) {
+  const ChannelMasks<Element>& masks = convolution.masks;
+  if (masks.data == nullptr || row < 0) return;
+  const int64_t plane = convolution.input.plane();
+  const Element* own = masks.data + b * masks.batch_stride + row * convolution.input.width;
+  for (int64_t i = 0; i < count; ++i) {
+    T* pixel = packed + i * stride;
+    for (int64_t m = 0; columns[i] >= 0 && m < masks.count; pixel += masks.segments[m++]) {
+      const T known = load_one<T>(own + m * plane + columns[i]);
+      for (int64_t c = 0; known != T(1) && c < masks.segments[m]; ++c) pixel[c] *= known;
+    }
+  }
+}
+
+// ---- Products ----------------------------------------------------------------------------------------------------
+
+// Consecutive inputs of one output position, and the rows of weights that multiply them.
+template <class T>
+struct Run {
+  const T* inputs;
+  const T* weights;
+};
+
+// Runs of `length` inputs for positions that are `stride` apart.
+template <class T>
+struct Runs {
+  const Run<T>* runs;
+  int64_t count, length, stride;
+};
+
+// sums[position][panel] (+)= the products of all runs, for `positions` x `vectors` in registers: those `offset` inputs
+// and `weight` weights on.
+template <class T, int positions, int bytes, int vectors, bool accumulate>
+INPAINT_INLINE void multiply_registers(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums) {
+  typedef typename VectorOf<T, bytes>::type V;
+  constexpr int lanes = bytes / sizeof(T);
+  V sum[positions][vectors] = {};
+  const int64_t length = runs.length, stride = runs.stride;
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const T* inputs = runs.runs[r].inputs + offset;
+    const T* weights = runs.runs[r].weights + weight;
+    for (int64_t k = 0; k < length; ++k, weights += panel) {
+      V row[vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) row[j] = load<V>(weights + j * lanes);
+#pragma GCC unroll 8
+      for (int p = 0; p < positions; ++p) {
+        const V value = inputs[p * stride + k] - V{};
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) sum[p][j] += value * row[j];
+      }
+    }
+  }
+  for (int p = 0; p < positions; ++p) {
+    for (int j = 0; j < vectors; ++j) {
+      T* to = sums + p * panel + j * lanes;
+      store(to, accumulate ? load<V>(to) + sum[p][j] : sum[p][j]);
+    }
+  }
+}
+
+// The same for kPositions x a whole panel.
+template <class T, int positions, int bytes, int vectors>
+INPAINT_INLINE void multiply_panel(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums,
+                                   bool accumulate) {
+  constexpr int columns = vectors * bytes / static_cast<int>(sizeof(T));
+  for (int p = 0; p < kPositions; p += positions) {
+    for (int64_t n = 0; n < panel; n += columns) {
+      const int64_t from = offset + p * runs.stride;
+      T* to = sums + p * panel + n;
+      if (accumulate)
+        multiply_registers<T, positions, bytes, vectors, true>(runs, from, weight + n, panel, to);
+      else
+        multiply_registers<T, positions, bytes, vectors, false>(runs, from, weight + n, panel, to);
+    }
+  }
+}
+
+// The same for an instruction set with vectors of `bytes`; a panel has 48, 32 or 16 columns.
+template <class T, int positions, int bytes>
+INPAINT_INLINE void multiply(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums,
+                             bool accumulate) {
+  constexpr int lanes = bytes / static_cast<int>(sizeof(T));
+  if (panel % (3 * lanes) == 0)
+    multiply_panel<T, positions, bytes, 3>(runs, offset, weight, panel, sums, accumulate);
+  else if (panel % (2 * lanes) == 0)
+    multiply_panel<T, positions, bytes, 2>(runs, offset, weight, panel, sums, accumulate);
+  else
+    multiply_panel<T, positions, bytes, 1>(runs, offset, weight, panel, sums, accumulate);
+}
+
+// ---- Winograd's F(2 x 2, 3 x 3) ----------------------------------------------------------------------------------
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016: 2 x 2 outputs of a 3 x 3 kernel from
+// 4 x 4 inputs with 16 products instead of 36; the rounding error is that of the direct sum.
+
+constexpr int kWinogradInputs = 4, kWinogradOutputs = 2, kWinogradProducts = 16;
+
+// B^T d B for the 4 x 4 pixels whose rows start at rows[i]; to[product * plane + channel].
+template <class T>
+INPAINT_INLINE void transform_input(const T* const* rows, int64_t channels, T* to, int64_t plane) {
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    Chunk<T> down[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Chunk<T> d0 = load_chunk<T>(rows[0] + j * channels + c), d1 = load_chunk<T>(rows[1] + j * channels + c);
+      const Chunk<T> d2 = load_chunk<T>(rows[2] + j * channels + c), d3 = load_chunk<T>(rows[3] + j * channels + c);
+      down[0][j] = d0 - d2;
+      down[1][j] = d1 + d2;
+      down[2][j] = d2 - d1;
+      down[3][j] = d1 - d3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      T* out = to + 4 * i * plane + c;
+      store_chunk<T>(out, down[i][0] - down[i][2]);
+      store_chunk<T>(out + plane, down[i][1] + down[i][2]);
+      store_chunk<T>(out + 2 * plane, down[i][2] - down[i][1]);
+      store_chunk<T>(out + 3 * plane, down[i][1] - down[i][3]);
+    }
+  }
+}
+
+// A^T m A: products[product * plane + column] -> the 2 x 2 outputs, rows `row_stride` and columns `panel` apart.
+template <class T>
+INPAINT_INLINE void transform_output(const T* products, int64_t plane, int64_t panel, T* to, int64_t row_stride) {
+  for (int64_t n = 0; n < panel; n += kChunk) {
+    Chunk<T> down[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const T* column = products + j * plane + n;
+      const Chunk<T> m0 = load_chunk<T>(column), m1 = load_chunk<T>(column + 4 * plane);
+      const Chunk<T> m2 = load_chunk<T>(column + 8 * plane), m3 = load_chunk<T>(column + 12 * plane);
+      down[0][j] = m0 + m1 + m2;
+      down[1][j] = m1 - m2 - m3;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      store_chunk<T>(to + i * row_stride + n, down[i][0] + down[i][1] + down[i][2]);
+      store_chunk<T>(to + i * row_stride + panel + n, down[i][1] - down[i][2] - down[i][3]);
+    }
+  }
+}
+
+// G g G^T of a 3 x 3 kernel.
+template <class T>
+INPAINT_INLINE void transform_kernel(const T* g, T* to) {
+  T down[4][3];
+  for (int j = 0; j < 3; ++j) {
+    down[0][j] = g[j];
+    down[1][j] = (g[j] + g[3 + j] + g[6 + j]) / 2;
+    down[2][j] = (g[j] - g[3 + j] + g[6 + j]) / 2;
+    down[3][j] = g[6 + j];
+  }
+  for (int i = 0; i < 4; ++i) {
+    to[4 * i] = down[i][0];
+    to[4 * i + 1] = (down[i][0] + down[i][1] + down[i][2]) / 2;
+    to[4 * i + 2] = (down[i][0] - down[i][1] + down[i][2]) / 2;
+    to[4 * i + 3] = down[i][2];
+  }
+}
+
+// ---- Epilogue ----------------------------------------------------------------------------------------------------
+
+template <class T>
+INPAINT_INLINE Chunk<T> sigmoid(Chunk<T> x) {
+  const ChunkMask<T> negative = x < T(0);
+  const Chunk<T> e = exp_nonpositive<T, kChunk * sizeof(T)>(negative ? x : -x);
+  return (negative ? e : Chunk<T>{} + T(1)) / (T(1) + e);
+}
+
+// exp(x) - 1 for x <= 0. Near 0 the difference would lose digits: there, its Taylor series.
+template <class T>
+INPAINT_INLINE Chunk<T> expm1_nonpositive(Chunk<T> x) {
+  constexpr T series_from = sizeof(T) == 4 ? T(-0.35) : T(-0.1);
+  constexpr int degree = sizeof(T) == 4 ? 7 : 11;
+  constexpr T inverse_factorial[] = {1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,      1.0 / 120,
+                                     1.0 / 720,  1.0 / 5040,  1.0 / 40320,  1.0 / 362880,  1.0 / 3628800, 1.0 / 39916800};
+  Chunk<T> series = Chunk<T>{} + inverse_factorial[degree];
+#pragma GCC unroll 16
+  for (int i = degree - 1; i >= 1; --i) series = series * x + inverse_factorial[i];
+  return x > series_from ? series * x : exp_nonpositive<T, kChunk * sizeof(T)>(x) - T(1);
+}
+
+template <class T, ActivationKind kind>
+INPAINT_INLINE Chunk<T> activate(Chunk<T> x, T slope) {
+  if constexpr (kind == ActivationKind::relu) return x < T(0) ? Chunk<T>{} : x;
+  if constexpr (kind == ActivationKind::elu) return x > T(0) ? x : expm1_nonpositive<T>(x);
+  if constexpr (kind == ActivationKind::leaky_relu) return x < T(0) ? x * slope : x;
+  return x;
+}
+
+// Pixels of one output row whose sums are finished: (y, x + i * x_step) for i < count.
+struct Segment {
+  int64_t b, y, x, x_step, count;
+};
+
+// Pixels that go through the epilogue together: their results stay in L1.
+constexpr int kEpiloguePixels = 32;
+
+// Writes channels [first, first + valid) of up to kEpiloguePixels pixels, values[pixel * width + channel - first].
+template <class T, class Element>
+INPAINT_INLINE void store_pixels(const Map<Element>& map, const Segment& segment, int64_t first, int64_t valid,
+                                 const T* values, int64_t width) {
+  if (map.channels_last) {
+    Element* to = map.sample(segment.b) + (segment.y * map.width + segment.x) * map.channels + first;
+    for (int64_t p = 0; p < segment.count; ++p, to += segment.x_step * map.channels)
+      for (int64_t c = 0; c < valid; c += kChunk)
+        store_channels<T>(to + c, load_chunk<T>(values + p * width + c), valid - c);
+    return;
+  }
+  Element* to = map.sample(segment.b) + first * map.plane() + segment.y * map.width + segment.x;
+  for (int64_t c = 0; c < valid; ++c, to += map.plane()) {
+    for (int64_t p = 0; p < segment.count; p += kChunk) {
+      T gathered[kChunk] = {};
+      const int64_t pixels = std::min<int64_t>(kChunk, segment.count - p);
+      for (int64_t i = 0; i < pixels; ++i) gathered[i] = values[(p + i) * width + c];
+      if (segment.x_step == 1) {
+        store_channels<T>(to + p, load_chunk<T>(gathered), pixels);
+      } else {
+        Element converted[kChunk];
+        store_chunk<T>(converted, load_chunk<T>(gathered));
+        for (int64_t i = 0; i < pixels; ++i) to[(p + i) * segment.x_step] = converted[i];
+      }
+    }
+  }
+}
+
+// Adds channels [first, first + valid) of a map laid out as `map` to values.
+template <class T, class Element>
+INPAINT_INLINE void add_pixels(const Map<Element>& map, const Element* data, const Segment& segment, int64_t first,
+                               int64_t valid, T* values, int64_t width) {
+  const Element* from = data + segment.b * map.channels * map.plane();
+  for (int64_t p = 0; p < segment.count; ++p) {
+    const int64_t pixel = segment.y * map.width + segment.x + p * segment.x_step;
+    for (int64_t c = 0; c < valid; c += kChunk) {
+      T* to = values + p * width + c;
+      if (map.channels_last) {
+        const Element* channels = from + pixel * map.channels + first + c;
+        store_chunk<T>(to, load_chunk<T>(to) + load_channels<T>(channels, valid - c));
+      } else {
+        for (int64_t i = 0; i < std::min<int64_t>(kChunk, valid - c); ++i)
+          to[i] += load_one<T>(from + (first + c + i) * map.plane() + pixel);
+      }
+    }
+  }
+}
+
+// The columns of a panel that belong to consecutive channels.
+struct PanelChannels {
+  int64_t first, valid;  // of y (gated: of the features and of the gate)
+  int64_t panel, width;  // columns of the panel; of its features alone if gated, else the same
+};
+
+// results[pixel][column] = activation(features) * sigmoid(gate); sums[pixel][features, then gate], bias added before.
+template <class T, ActivationKind kind>
+INPAINT_INLINE void gate_pixels(const PanelChannels& channels, int64_t pixels, const T* sums, T slope, T* results) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    const T* own = sums + p * channels.panel;
+    for (int64_t c = 0; c < channels.width; c += kChunk)
+      store_chunk<T>(results + p * channels.width + c, activate<T, kind>(load_chunk<T>(own + c), slope) *
+                                                           sigmoid<T>(load_chunk<T>(own + channels.width + c)));
+  }
+}
+
+template <class T, ActivationKind kind>
+INPAINT_INLINE void activate_pixels(int64_t count, T* sums, T slope) {
+  for (int64_t i = 0; i < count; i += kChunk) store_chunk<T>(sums + i, activate<T, kind>(load_chunk<T>(sums + i), slope));
+}
+
+// Calls `body` with the activation as a constant.
+template <class Body>
+INPAINT_INLINE void with_activation(ActivationKind kind, const Body& body) {
+  switch (kind) {
+    case ActivationKind::relu:
+      return body(std::integral_constant<ActivationKind, ActivationKind::relu>{});
+    case ActivationKind::elu:
+      return body(std::integral_constant<ActivationKind, ActivationKind::elu>{});
+    case ActivationKind::leaky_relu:
+      return body(std::integral_constant<ActivationKind, ActivationKind::leaky_relu>{});
+    default:
+      return body(std::integral_constant<ActivationKind, ActivationKind::none>{});
+  }
+}
+
+// sums * scale + bias * shift, or sums + bias.
+template <class T, class Element>
+INPAINT_INLINE void add_bias(const Convolution<T, Element>& convolution, const Segment& segment, const T* bias,
+                             int64_t panel, T* sums) {
+  const PixelMap<T>&scale = convolution.epilogue.scale, &shift = convolution.epilogue.shift;
+  for (int64_t p = 0; p < segment.count; ++p) {
+    T* own = sums + p * panel;
+    if (scale.data == nullptr) {
+      for (int64_t c = 0; c < panel; c += kChunk) store_chunk<T>(own + c, load_chunk<T>(own + c) + load_chunk<T>(bias + c));
+    } else {
+      const int64_t pixel = segment.y * convolution.output.width + segment.x + p * segment.x_step;
+      const T factor = scale.data[segment.b * scale.batch_stride + pixel];
+      const T share = shift.data[segment.b * shift.batch_stride + pixel];
+      for (int64_t c = 0; c < panel; c += kChunk)
+        store_chunk<T>(own + c, load_chunk<T>(own + c) * factor + load_chunk<T>(bias + c) * share);
+    }
+  }
+}
+
+// From the sums of a panel to the output; sums[pixel][panel] are changed.
+template <class T, class Element>
+INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Segment& segment,
+                           const PanelChannels& channels, const T* bias, T* sums) {
+  const Epilogue<T, Element>& epilogue = convolution.epilogue;
+  for (int64_t begin = 0; begin < segment.count; begin += kEpiloguePixels) {
+    Segment part = segment;
+    part.x += begin * segment.x_step;
+    part.count = std::min<int64_t>(kEpiloguePixels, segment.count - begin);
+    T* own = sums + begin * channels.panel;
+    add_bias(convolution, part, bias, channels.panel, own);
+    if (!epilogue.gated) {
+      with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
+        activate_pixels<T, kind.value>(part.count * channels.panel, own, epilogue.slope);
+      });
+      if (epilogue.residual != nullptr)
+        add_pixels(convolution.output, epilogue.residual, part, channels.first, channels.valid, own, channels.panel);
+      store_pixels(convolution.output, part, channels.first, channels.valid, own, channels.panel);
+      continue;
+    }
+    if (epilogue.pre.data != nullptr) {
+      const int64_t half = convolution.output.channels;
+      const int64_t features = epilogue.gate_first ? half : 0;
+      store_pixels(epilogue.pre, part, features + channels.first, channels.valid, own, channels.panel);
+      store_pixels(epilogue.pre, part, half - features + channels.first, channels.valid, own + channels.width,
+                   channels.panel);
+    }
+    T results[kEpiloguePixels * kWidestPanel / 2];
+    with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
+      gate_pixels<T, kind.value>(channels, part.count, own, epilogue.slope, results);
+    });
+    store_pixels(convolution.output, part, channels.first, channels.valid, results, channels.width);
+  }
+}
+
+}  // namespace inpaint

@@ -1,0 +1,67 @@
+// gated_conv2d on the CPU: forward, and the gradient of its gate.
+#include "convolution_arguments.h"
+#include "gate_backward.h"
+#include "tasks.h"
+
+namespace inpaint {
+namespace {
+
+constexpr int64_t kGateElements = 4096;  // of a task of the gate's gradient
+
+// x [B, Cin, H, W], weight [2 C, Cin, kh, kw], bias [2 C] -> y [B, C, Ho, Wo] and, if given, the sums pre
+// [B, 2 C, Ho, Wo]; all but the weight and the bias of one layout, NCHW or channels_last.
+void gated_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride_y,
+                  int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y, int64_t dilation_x,
+                  int64_t upsample, bool reflect, const std::string& activation, double slope, bool gate_first,
+                  Tensor y, const std::optional<Tensor>& pre) {
+  const ConvolutionArguments geometry{stride_y,   stride_x,   pad_top,  pad_left,
+                                      dilation_y, dilation_x, upsample, reflect};
+  STD_TORCH_CHECK(weight.size(0) == 2 * y.size(1), "weight: expected two output channels for each of y");
+  dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
+    using T = decltype(sum);
+    using Element = decltype(element);
+    auto convolution = convolution_of<T, Element>(x, weight, bias, geometry, y);
+    convolution.epilogue.gated = true;
+    convolution.epilogue.gate_first = gate_first;
+    convolution.epilogue.activation = activation_kind(activation);
+    convolution.epilogue.slope = static_cast<T>(slope);
+    if (pre) convolution.epilogue.pre = map_of<Element>(*pre, "pre");
+    convolve(convolution);
+  });
+}
+
+// grad [B, C, H, W], pre [B, 2 C, H, W] -> gradient of pre, all of one layout.
+void gated_conv2d_gate_backward(const Tensor& grad, const Tensor& pre, const std::string& activation, double slope,
+                                bool gate_first, Tensor grad_pre) {
+  dispatch_element(grad.scalar_type(), "grad", [&](auto sum, auto element) {
+    using T = decltype(sum);
+    using Element = decltype(element);
+    // With a single channel, grad alone would not tell its layout.
+    const auto map = map_of<const Element>(pre, "pre");
+    map_of<const Element>(grad, "grad");
+    map_of<Element>(grad_pre, "grad_pre");
+    STD_TORCH_CHECK(map.channels == 2 * grad.size(1) && pre.numel() == 2 * grad.numel(),
+                    "pre: expected twice the channels of grad");
+    // Rows of neighbours in memory: the channels of a pixel, or those of a sample with their planes.
+    const int64_t length = map.channels_last ? grad.size(1) : grad.size(1) * map.plane();
+    const int64_t rows = length == 0 ? 0 : grad.numel() / length;
+    const GateBackward<T, Element> job{elements<Element>(grad), elements<Element>(pre), elements<Element>(grad_pre),
+                                       length, activation_kind(activation), static_cast<T>(slope), gate_first};
+    if (rows == 0) return;
+    const int64_t rows_together = std::clamp<int64_t>(kGateElements / std::max<int64_t>(length, 1), 1, rows);
+    const int64_t pieces = ceil_div(length, kGateElements);  // of a row
+    run_tasks(ceil_div(rows, rows_together) * pieces, kGateElements * 16, [&](int64_t, int64_t i) {
+      const int64_t first = i / pieces * rows_together, begin = i % pieces * kGateElements;
+      for (int64_t row = first; row < std::min(rows, first + rows_together); ++row)
+        gate_backward(job, row, begin, std::min(length, begin + kGateElements));
+    });
+  });
+}
+
+}  // namespace
+}  // namespace inpaint
+
+STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CPU, m) {
+  m.impl("gated_conv2d", TORCH_BOX(&inpaint::gated_conv2d));
+  m.impl("gated_conv2d_gate_backward", TORCH_BOX(&inpaint::gated_conv2d_gate_backward));
+}
