@@ -71,23 +71,28 @@ class Panels {
   int64_t outputs_, columns_ = 0, width_ = 0;
 };
 
-// weights [panel][inner][column] and bias [panel][column].
-template <class T>
+// weights [panel][inner / kDepth][column][kDepth] and bias [panel][column]; inner index product * stride + channel.
+template <class Products>
 struct PackedWeights {
-  Buffer<T> weights, bias;
-  int64_t inner;
+  Buffer<typename Products::Packed> weights;
+  Buffer<typename Products::Sum> bias;
+  int64_t panel_size;
 };
 
-// `Transform(kernel [taps], to [products])` turns the taps of a pair of channels into what is multiplied; inner index
-// product * channels + channel.
-template <class T, class Element, class Transform>
-PackedWeights<T> pack_weights(const Convolution<T, Element>& convolution, const Panels& panels, int64_t products,
-                              const Transform& transform) {
+// `transform(kernel [taps], to [products])` turns the taps of a pair of channels into what is multiplied.
+template <class Products, class Element, class Transform>
+PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, Element>& convolution,
+                                     const Panels& panels, int64_t products, int64_t stride,
+                                     const Transform& transform) {
+  typedef typename Products::Sum T;
+  typedef typename Products::Packed Packed;
+  constexpr int64_t depth = Products::kDepth;
   const int64_t channels = convolution.input.channels, columns = panels.columns();
-  const int64_t taps = convolution.y.kernel * convolution.x.kernel, inner = products * channels;
-  PackedWeights<T> packed{Buffer<T>(panels.count() * inner * columns), Buffer<T>(panels.count() * columns), inner};
-  run_tasks(panels.count(), inner * columns, [&](int64_t, int64_t panel) {
-    T* to = packed.weights.get() + panel * inner * columns;
+  const int64_t taps = convolution.y.kernel * convolution.x.kernel, size = products * stride * columns;
+  PackedWeights<Products> packed{Buffer<Packed>(panels.count() * size, stride != channels),
+                                 Buffer<T>(panels.count() * columns), size};
+  run_tasks(panels.count(), size, [&](int64_t, int64_t panel) {
+    Packed* to = packed.weights.get() + panel * size;
     std::vector<T> kernel(taps), values(products);
     for (int64_t n = 0; n < columns; ++n) {
       const int64_t row = panels.row(panel, n);
@@ -97,7 +102,10 @@ PackedWeights<T> pack_weights(const Convolution<T, Element>& convolution, const 
         const Element* from = convolution.weight + (row * channels + c) * taps;
         for (int64_t tap = 0; tap < taps; ++tap) kernel[tap] = row < 0 ? T(0) : load_one<T>(from + tap);
         transform(kernel.data(), values.data());
-        for (int64_t i = 0; i < products; ++i) to[(i * channels + c) * columns + n] = values[i];
+        for (int64_t i = 0; i < products; ++i) {
+          const int64_t inner = i * stride + c;
+          store_one<T>(to + (inner / depth * columns + n) * depth + inner % depth, values[i]);
+        }
       }
     }
   });
@@ -162,19 +170,20 @@ class RowRing {
 
 // ---- Direct ------------------------------------------------------------------------------------------------------
 
-template <class T, class Element>
+template <class Products, class Element>
 class Direct {
+  typedef typename Products::Sum T;
+  typedef typename Products::Packed Packed;
+
  public:
   explicit Direct(const Convolution<T, Element>& convolution)
       : convolution_(convolution),
         panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
-        channels_(convolution.input.channels),
-        weights_(pack_weights(convolution, panels_, convolution.y.kernel * convolution.x.kernel,
-                              [taps = convolution.y.kernel * convolution.x.kernel](const T* kernel, T* to) {
-                                std::copy_n(kernel, taps, to);
-                              })) {
+        channels_(round_up(convolution.input.channels, Products::kDepth)),
+        weights_(pack_weights<Products>(convolution, panels_, taps(), channels_,
+                                        [this](const T* kernel, T* to) { std::copy_n(kernel, taps(), to); })) {
     const Axis &y = convolution.y, &x = convolution.x;
-    const int64_t pixel = convolution.y.kernel * channels_ * static_cast<int64_t>(sizeof(T)) * x.stride;
+    const int64_t pixel = convolution.y.kernel * channels_ * static_cast<int64_t>(sizeof(Packed)) * x.stride;
     const int64_t wanted = std::max<int64_t>(kRowBytes / pixel / kPositions, 4) * kPositions;
     const int64_t strips = ceil_div(x.outputs, wanted);
     strip_ = round_up(ceil_div(x.outputs, strips), kPositions);
@@ -183,7 +192,7 @@ class Direct {
     // Taps of a kernel row are one run where they are neighbours.
     runs_per_row_ = x.dilation == 1 ? 1 : x.kernel;
     run_length_ = x.dilation == 1 ? x.kernel * channels_ : channels_;
-    const int64_t run_bytes = run_length_ * panels_.columns() * static_cast<int64_t>(sizeof(T));
+    const int64_t run_bytes = run_length_ * panels_.columns() * static_cast<int64_t>(sizeof(Packed));
     runs_together_ = std::max<int64_t>(kWeightBytes / run_bytes, 1);
   }
 
@@ -192,10 +201,10 @@ class Direct {
         : rows(plan.rows_in_ring(), plan.columns_ * plan.channels_),
           sums(plan.strip_ * plan.panels_.columns()),
           columns(plan.columns_) {}
-    RowRing<T> rows;
+    RowRing<Packed> rows;
     Buffer<T> sums;
     std::vector<int32_t> columns;
-    std::vector<Run<T>> runs;
+    std::vector<Run<Packed>> runs;
   };
 
   const std::vector<Piece>& pieces() const { return pieces_; }
@@ -220,6 +229,8 @@ class Direct {
   }
 
  private:
+  int64_t taps() const { return convolution_.y.kernel * convolution_.x.kernel; }
+
   // Rows of a task are numbered so that one is found again: with stride 1 the next row's tap i is this one's tap i + 1.
   int64_t row_number(int64_t t, int64_t tap) const {
     const Axis& y = convolution_.y;
@@ -235,11 +246,10 @@ class Direct {
     for (int64_t i = 0; i < y.kernel; ++i) {
       const int64_t position = y.position(out_y) + i * y.dilation, source = y.source(position);
       if (source < 0) continue;
-      const T* row = worker.rows.row(row_number(t, i), [&](T* to) INPAINT_INLINE_LAMBDA {
+      const Packed* row = worker.rows.row(row_number(t, i), [&](Packed* to) INPAINT_INLINE_LAMBDA {
         pack_row(convolution_, piece.b, source, worker.columns.data(), columns_, to, channels_);
-        mask_row(convolution_, piece.b, source, worker.columns.data(), columns_, to, channels_);
       });
-      const T* weights = weights_.weights.get() + i * convolution_.x.kernel * channels_ * panels_.columns();
+      const Packed* weights = weights_.weights.get() + i * convolution_.x.kernel * channels_ * panels_.columns();
       for (int64_t j = 0; j < runs_per_row_; ++j)
         worker.runs.push_back({row + j * across, weights + j * channels_ * panels_.columns()});
     }
@@ -251,17 +261,17 @@ class Direct {
     const int64_t total = static_cast<int64_t>(worker.runs.size());
     if (total == 0) std::fill_n(worker.sums.get(), count * columns, T(0));
     for (int64_t first = 0; first < total; first += runs_together_) {
-      const Runs<T> runs{worker.runs.data() + first, std::min(runs_together_, total - first), run_length_, stride};
+      const Runs<Packed> runs{worker.runs.data() + first, std::min(runs_together_, total - first), run_length_, stride};
       for (int64_t p = 0; p < count; p += kPositions)
-        multiply<T, positions, bytes>(runs, p * stride, panel * weights_.inner * columns, columns,
-                                      worker.sums.get() + p * columns, first > 0);
+        multiply<Products, positions, bytes>(runs, p * stride, panel * weights_.panel_size, columns,
+                                             worker.sums.get() + p * columns, first > 0);
     }
   }
 
   const Convolution<T, Element>& convolution_;
   Panels panels_;
-  int64_t channels_;
-  PackedWeights<T> weights_;
+  int64_t channels_;  // of a packed pixel
+  PackedWeights<Products> weights_;
   int64_t strip_, columns_, runs_per_row_, run_length_, runs_together_;
   std::vector<Piece> pieces_;
 };
@@ -275,6 +285,8 @@ struct TileSpan {
 
 template <class T, class Element>
 class Winograd {
+  typedef SingleProducts<T> Products;
+
  public:
   static bool fits(const Convolution<T, Element>& convolution) {
     const Axis &y = convolution.y, &x = convolution.x;
@@ -287,7 +299,7 @@ class Winograd {
         panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
         channels_(convolution.input.channels),
         stride_(round_up(channels_, kChunk)),
-        weights_(pack_weights(convolution, panels_, kWinogradProducts, transform_kernel<T>)) {
+        weights_(pack_weights<Products>(convolution, panels_, kWinogradProducts, stride_, transform_kernel<T>)) {
     const int64_t per_tile = kWinogradProducts * stride_ * static_cast<int64_t>(sizeof(T));
     const int64_t limit = std::clamp<int64_t>(kTileBytes / per_tile / kPositions, 1, kMostTiles / kPositions);
     cut_strips(limit * kPositions);
@@ -385,16 +397,13 @@ class Winograd {
       const int64_t source = y.source(y.position(piece.phase) + number * y.dilation);
       rows[i] = worker.rows.row(number, [&](T* to) INPAINT_INLINE_LAMBDA {
         pack_row(convolution_, piece.b, source, worker.columns.data(), count, to, stride_);
-        mask_row(convolution_, piece.b, source, worker.columns.data(), count, to, stride_);
       });
     }
     T* to = worker.inputs.get();
     for (const TileSpan& span : spans) {
-      for (int64_t tile = span.begin; tile < span.end; ++tile, to += stride_) {
-        transform_input<T>(rows, stride_, to, most_tiles_ * stride_);
-        for (const T*& row : rows) row += kWinogradOutputs * stride_;
-      }
-      for (const T*& row : rows) row += 2 * stride_;
+      transform_input<T>(rows, span.end - span.begin, stride_, to, most_tiles_ * stride_);
+      to += (span.end - span.begin) * stride_;
+      for (const T*& row : rows) row += columns_of(span) * stride_;
     }
   }
 
@@ -403,12 +412,12 @@ class Winograd {
     const int64_t columns = panels_.columns();
     for (int64_t product = 0; product < kWinogradProducts; ++product) {
       const Run<T> run{worker.inputs.get() + product * most_tiles_ * stride_,
-                       weights_.weights.get() + product * channels_ * columns};
+                       weights_.weights.get() + product * stride_ * columns};
       const Runs<T> runs{&run, 1, channels_, stride_};
       T* to = worker.products.get() + product * most_tiles_ * columns;
       for (int64_t tile = 0; tile < tiles; tile += kPositions)
-        multiply<T, positions, bytes>(runs, tile * stride_, panel * weights_.inner * columns, columns,
-                                      to + tile * columns, false);
+        multiply<Products, positions, bytes>(runs, tile * stride_, panel * weights_.panel_size, columns,
+                                             to + tile * columns, false);
     }
   }
 
@@ -434,7 +443,7 @@ class Winograd {
   const Convolution<T, Element>& convolution_;
   Panels panels_;
   int64_t channels_, stride_;  // stride: channels of a packed pixel
-  PackedWeights<T> weights_;
+  PackedWeights<Products> weights_;
   std::vector<std::vector<TileSpan>> strips_;
   int64_t most_tiles_, most_columns_;
   std::vector<Piece> pieces_;
@@ -442,27 +451,39 @@ class Winograd {
 
 // ---- Instruction sets --------------------------------------------------------------------------------------------
 
+template <class T, class Element>
+using DirectSingle = Direct<SingleProducts<T>, Element>;
+
 // One version per register file: 8 x 3 vectors of 64 bytes in 32 registers, 4 x 3 of 32 or 16 bytes in 16.
-#define INPAINT_RUN_PIECE(Way, T, Element, attributes, positions, bytes)                                           \
-  attributes inline void run_piece(const Way<T, Element>& way, const Piece& piece, typename Way<T, Element>::Worker& worker) { \
-    way.template run<positions, bytes>(piece, worker);                                                             \
+#define INPAINT_RUN_PIECE(Way, T, Element, attributes, positions, bytes)                                               \
+  attributes inline void run_piece(const Way<T, Element>& way, const Piece& piece, Way<T, Element>::Worker& worker) {  \
+    way.template run<positions, bytes>(piece, worker);                                                                 \
   }
 #ifdef INPAINT_X86_VERSIONS
-#define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element)                                              \
-  INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("arch=x86-64-v4"))), kPositions, 64)  \
+#define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element)                                                 \
+  INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("arch=x86-64-v4"))), kPositions, 64)     \
   INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("arch=x86-64-v3"))), kPositions / 2, 32) \
   INPAINT_RUN_PIECE(Way, T, Element, __attribute__((target("default"))), kPositions / 2, 16)
 #else
 #define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element) INPAINT_RUN_PIECE(Way, T, Element, , kPositions / 2, 16)
 #endif
-INPAINT_RUN_PIECE_VERSIONS(Direct, float, float)
-INPAINT_RUN_PIECE_VERSIONS(Direct, double, double)
-INPAINT_RUN_PIECE_VERSIONS(Direct, float, HalfBits)
-INPAINT_RUN_PIECE_VERSIONS(Direct, float, BFloatBits)
+INPAINT_RUN_PIECE_VERSIONS(DirectSingle, float, float)
+INPAINT_RUN_PIECE_VERSIONS(DirectSingle, double, double)
+INPAINT_RUN_PIECE_VERSIONS(DirectSingle, float, HalfBits)
+INPAINT_RUN_PIECE_VERSIONS(DirectSingle, float, BFloatBits)
 INPAINT_RUN_PIECE_VERSIONS(Winograd, float, float)
 INPAINT_RUN_PIECE_VERSIONS(Winograd, double, double)
 INPAINT_RUN_PIECE_VERSIONS(Winograd, float, HalfBits)
 INPAINT_RUN_PIECE_VERSIONS(Winograd, float, BFloatBits)
+
+#ifdef INPAINT_X86_VERSIONS
+using DirectPairs = Direct<PairProducts, BFloatBits>;
+
+__attribute__((target("arch=x86-64-v4"))) void run_piece(const DirectPairs& way, const Piece& piece,
+                                                         DirectPairs::Worker& worker) {
+  way.run<kPositions, 64>(piece, worker);
+}
+#endif
 
 template <class Way, class Convolution>
 void run_pieces(const Convolution& convolution) {
@@ -478,10 +499,14 @@ void run_pieces(const Convolution& convolution) {
 template <class T, class Element>
 void convolve_some_way(const Convolution<T, Element>& convolution) {
   if (convolution.batch == 0 || convolution.rows == 0) return;
+#ifdef INPAINT_X86_VERSIONS
+  if constexpr (std::is_same_v<Element, BFloatBits>)
+    if (__builtin_cpu_supports("avx512bf16")) return run_pieces<DirectPairs>(convolution);
+#endif
   if (Winograd<T, Element>::fits(convolution))
     run_pieces<Winograd<T, Element>>(convolution);
   else
-    run_pieces<Direct<T, Element>>(convolution);
+    run_pieces<DirectSingle<T, Element>>(convolution);
 }
 
 }  // namespace

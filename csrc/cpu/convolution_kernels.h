@@ -78,6 +78,26 @@ INPAINT_INLINE T load_one(const Element* from) {
   }
 }
 
+template <class T, class Element>
+INPAINT_INLINE void store_one(Element* to, T value) {
+  if constexpr (std::is_same_v<T, Element>) {
+    *to = value;
+  } else {
+    Element lanes[kChunk];
+    store_chunk<T>(lanes, Chunk<T>{} + value);
+    *to = lanes[0];
+  }
+}
+
+// Copies kChunk elements, converted if the types differ.
+template <class T, class To, class From>
+INPAINT_INLINE void copy_chunk(To* to, const From* from) {
+  if constexpr (std::is_same_v<To, From>)
+    std::memcpy(to, from, kChunk * sizeof(To));
+  else
+    store_chunk<T>(to, load_chunk<T>(from));
+}
+
 // The first `count` channels, zeros in the rest.
 template <class T, class Element>
 INPAINT_INLINE Chunk<T> load_channels(const Element* from, int64_t count) {
@@ -95,100 +115,196 @@ INPAINT_INLINE void store_channels(Element* to, Chunk<T> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// Rows to columns.
+template <class V>
+INPAINT_INLINE void transpose(V (&rows)[kChunk]) {
+  V pairs[kChunk], quads[kChunk];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = __builtin_shufflevector(rows[2 * i], rows[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    pairs[2 * i + 1] = __builtin_shufflevector(rows[2 * i], rows[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      quads[i + j] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      quads[i + j + 2] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = __builtin_shufflevector(quads[i], quads[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[i + 4] = __builtin_shufflevector(quads[i], quads[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 // ---- Packing -----------------------------------------------------------------------------------------------------
 
-// Copies the pixels `columns` of an input row (-1: a zero) to to[i * stride + channel]; channels beyond the map's are 0.
-template <class T, class Element>
-INPAINT_INLINE void pack_row(const Convolution<T, Element>& convolution, int64_t b, int64_t row, const int32_t* columns,
-                             int64_t count, T* to, int64_t stride) {
-  const Map<const Element>& input = convolution.input;
-  const int64_t channels = input.channels;
-  if (row < 0) {
-    std::fill_n(to, count * stride, T(0));
-    return;
-  }
-  if (input.channels_last) {
-    const Element* from = input.sample(b) + row * input.width * channels;
-    for (int64_t i = 0; i < count;) {
-      if (columns[i] < 0) {
-        std::fill_n(to + i++ * stride, stride, T(0));
-        continue;
-      }
-      // Consecutive pixels without channels between them are one piece.
-      int64_t pixels = 1;
-      while (stride == channels && i + pixels < count && columns[i + pixels] == columns[i] + pixels) ++pixels;
-      const Element* pixel = from + columns[i] * channels;
-      T* packed = to + i * stride;
-      const int64_t length = pixels * channels;
-      int64_t k = 0;
-      for (; k + kChunk <= length; k += kChunk) store_chunk<T>(packed + k, load_chunk<T>(pixel + k));
-      for (; k < length; ++k) packed[k] = load_one<T>(pixel + k);
-      for (; k < pixels * stride; ++k) packed[k] = 0;
-      i += pixels;
+// The pixels `columns` of an input row (-1: a zero), NHWC in memory, to to[i * stride + channel]; what lies between the
+// channels and the stride is 0.
+template <class T, class Element, class Packed>
+INPAINT_INLINE void pack_channels_last(const Element* from, int64_t channels, const int32_t* columns, int64_t count,
+                                       Packed* to, int64_t stride) {
+  for (int64_t i = 0; i < count;) {
+    Packed* packed = to + i * stride;
+    if (columns[i] < 0) {
+      std::fill_n(packed, stride, Packed{});
+      ++i;
+      continue;
     }
-  } else {
-    const Element* from = input.sample(b) + row * input.width;
-    for (int64_t c = 0; c < stride; ++c) {
-      const Element* channel = from + c * input.plane();
-      for (int64_t i = 0; i < count; ++i)
-        to[i * stride + c] = c < channels && columns[i] >= 0 ? load_one<T>(channel + columns[i]) : T(0);
+    // Consecutive pixels without anything between them are one piece.
+    int64_t pixels = 1;
+    while (stride == channels && i + pixels < count && columns[i + pixels] == columns[i] + pixels) ++pixels;
+    const Element* pixel = from + columns[i] * channels;
+    const int64_t length = pixels * channels;
+    int64_t k = 0;
+    for (; k + kChunk <= length; k += kChunk) copy_chunk<T>(packed + k, pixel + k);
+    for (; k < length; ++k) store_one<T>(packed + k, load_one<T>(pixel + k));
+    for (; k < pixels * stride; ++k) packed[k] = Packed{};
+    i += pixels;
+  }
+}
+
+// The same from NCHW: 8 channels of 8 pixels at a time.
+template <class T, class Element, class Packed>
+INPAINT_INLINE void pack_planes(const Element* from, int64_t plane, int64_t channels, const int32_t* columns,
+                                int64_t count, Packed* to, int64_t stride) {
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t pixels = std::min<int64_t>(kChunk, count - i);
+    const bool neighbours =
+        pixels == kChunk && columns[i] >= 0 && columns[i + kChunk - 1] == columns[i] + kChunk - 1 &&
+        columns[i + 1] == columns[i] + 1;
+    for (int64_t c = 0; c < stride; c += kChunk) {
+      Chunk<T> rows[kChunk] = {};
+      for (int64_t j = 0; j < std::min<int64_t>(kChunk, channels - c); ++j) {
+        const Element* channel = from + (c + j) * plane;
+        if (neighbours) {
+          rows[j] = load_chunk<T>(channel + columns[i]);
+          continue;
+        }
+        Element lanes[kChunk] = {};
+        for (int64_t p = 0; p < pixels; ++p)
+          if (columns[i + p] >= 0) lanes[p] = channel[columns[i + p]];
+        rows[j] = load_chunk<T>(lanes);
+      }
+      transpose(rows);
+      for (int64_t p = 0; p < pixels; ++p) store_channels<T>(to + (i + p) * stride + c, rows[p], stride - c);
     }
   }
 }
 
 // Multiplies the packed pixels with the masks of their channels.
-template <class T, class Element>
-INPAINT_INLINE void mask_row(const Convolution<T, Element>& convolution, int64_t b, int64_t row, const int32_t* columns,
-                             int64_t count, T* packed, int64_t stride) {
-  const ChannelMasks<Element>& masks = convolution.masks;
-  if (masks.data == nullptr || row < 0) return;
-  const int64_t plane = convolution.input.plane();
-  const Element* own = masks.data + b * masks.batch_stride + row * convolution.input.width;
+template <class T, class Element, class Packed>
+INPAINT_INLINE void mask_row(const ChannelMasks<Element>& masks, const Element* own, int64_t plane,
+                             const int32_t* columns, int64_t count, Packed* packed, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {
-    T* pixel = packed + i * stride;
+    Packed* pixel = packed + i * stride;
     for (int64_t m = 0; columns[i] >= 0 && m < masks.count; pixel += masks.segments[m++]) {
       const T known = load_one<T>(own + m * plane + columns[i]);
-      for (int64_t c = 0; known != T(1) && c < masks.segments[m]; ++c) pixel[c] *= known;
+      for (int64_t c = 0; known != T(1) && c < masks.segments[m]; ++c)
+        store_one<T>(pixel + c, load_one<T>(pixel + c) * known);
     }
   }
 }
 
+// The pixels `columns` of row `row` of sample b (-1: zeros), masked.
+template <class T, class Element, class Packed>
+INPAINT_INLINE void pack_row(const Convolution<T, Element>& convolution, int64_t b, int64_t row, const int32_t* columns,
+                             int64_t count, Packed* to, int64_t stride) {
+  const Map<const Element>& input = convolution.input;
+  if (row < 0) {
+    std::fill_n(to, count * stride, Packed{});
+    return;
+  }
+  if (input.channels_last)
+    pack_channels_last<T>(input.sample(b) + row * input.width * input.channels, input.channels, columns, count, to,
+                          stride);
+  else
+    pack_planes<T>(input.sample(b) + row * input.width, input.plane(), input.channels, columns, count, to, stride);
+  const ChannelMasks<Element>& masks = convolution.masks;
+  if (masks.data != nullptr)
+    mask_row<T>(masks, masks.data + b * masks.batch_stride + row * input.width, input.plane(), columns, count, to,
+                stride);
+}
+
 // ---- Products ----------------------------------------------------------------------------------------------------
 
-// Consecutive inputs of one output position, and the rows of weights that multiply them.
+// How inputs and weights are packed, and multiplied: one at a time in the type of the sums...
 template <class T>
+struct SingleProducts {
+  typedef T Sum;
+  typedef T Packed;
+  static constexpr int kDepth = 1;
+
+  template <class V>
+  static INPAINT_INLINE void add(V& sum, V value, V weights) {
+    sum += value * weights;
+  }
+};
+
+// ... or pairs of bfloat16, both summed in float by one instruction (AVX512_BF16: twice the rate).
+struct PairProducts {
+  typedef float Sum;
+  typedef BFloatBits Packed;
+  static constexpr int kDepth = 2;
+
+#ifdef INPAINT_X86_VERSIONS
+  // An intrinsic could not be inlined here: only the caller's caller is compiled for the instruction set.
+  template <class V>
+  static INPAINT_INLINE void add(V& sum, V value, V weights) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weights));
+  }
+#endif
+};
+
+// The bits of one float, double or pair of bfloat16 in every lane. (As a float, GCC would build the vector lane by lane
+// here, at a fifth of the speed.)
+template <class V, class T, class Packed>
+INPAINT_INLINE V broadcast(const Packed* from) {
+  typedef LaneInt<T> Words __attribute__((vector_size(sizeof(V))));
+  const LaneInt<T> bits = load<LaneInt<T>>(from);
+  return (V)(bits - Words{});
+}
+
+// Consecutive inputs of one output position, and the rows of weights that multiply them: `kDepth` inner indices are one
+// row, [column][index].
+template <class Packed>
 struct Run {
-  const T* inputs;
-  const T* weights;
+  const Packed* inputs;
+  const Packed* weights;
 };
 
 // Runs of `length` inputs for positions that are `stride` apart.
-template <class T>
+template <class Packed>
 struct Runs {
-  const Run<T>* runs;
+  const Run<Packed>* runs;
   int64_t count, length, stride;
 };
 
 // sums[position][panel] (+)= the products of all runs, for `positions` x `vectors` in registers: those `offset` inputs
 // and `weight` weights on.
-template <class T, int positions, int bytes, int vectors, bool accumulate>
-INPAINT_INLINE void multiply_registers(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums) {
+template <class Products, int positions, int bytes, int vectors, bool accumulate>
+INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
+                                       int64_t panel, typename Products::Sum* sums) {
+  typedef typename Products::Sum T;
+  typedef typename Products::Packed Packed;
   typedef typename VectorOf<T, bytes>::type V;
-  constexpr int lanes = bytes / sizeof(T);
+  constexpr int lanes = bytes / sizeof(T), depth = Products::kDepth;
   V sum[positions][vectors] = {};
   const int64_t length = runs.length, stride = runs.stride;
   for (int64_t r = 0; r < runs.count; ++r) {
-    const T* inputs = runs.runs[r].inputs + offset;
-    const T* weights = runs.runs[r].weights + weight;
-    for (int64_t k = 0; k < length; ++k, weights += panel) {
+    const Packed* inputs = runs.runs[r].inputs + offset;
+    const Packed* weights = runs.runs[r].weights + weight;
+    for (int64_t k = 0; k < length; k += depth, weights += panel * depth) {
       V row[vectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; ++j) row[j] = load<V>(weights + j * lanes);
+      for (int j = 0; j < vectors; ++j) row[j] = load<V>(weights + j * lanes * depth);
 #pragma GCC unroll 8
       for (int p = 0; p < positions; ++p) {
-        const V value = inputs[p * stride + k] - V{};
+        const V value = broadcast<V, T>(inputs + p * stride + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) sum[p][j] += value * row[j];
+        for (int j = 0; j < vectors; ++j) Products::add(sum[p][j], value, row[j]);
       }
     }
   }
@@ -201,33 +317,33 @@ INPAINT_INLINE void multiply_registers(const Runs<T>& runs, int64_t offset, int6
 }
 
 // The same for kPositions x a whole panel.
-template <class T, int positions, int bytes, int vectors>
-INPAINT_INLINE void multiply_panel(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums,
-                                   bool accumulate) {
-  constexpr int columns = vectors * bytes / static_cast<int>(sizeof(T));
+template <class Products, int positions, int bytes, int vectors>
+INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
+                                   int64_t panel, typename Products::Sum* sums, bool accumulate) {
+  constexpr int columns = vectors * bytes / static_cast<int>(sizeof(*sums));
   for (int p = 0; p < kPositions; p += positions) {
     for (int64_t n = 0; n < panel; n += columns) {
-      const int64_t from = offset + p * runs.stride;
-      T* to = sums + p * panel + n;
+      const int64_t inputs = offset + p * runs.stride, weights = weight + n * Products::kDepth;
+      typename Products::Sum* to = sums + p * panel + n;
       if (accumulate)
-        multiply_registers<T, positions, bytes, vectors, true>(runs, from, weight + n, panel, to);
+        multiply_registers<Products, positions, bytes, vectors, true>(runs, inputs, weights, panel, to);
       else
-        multiply_registers<T, positions, bytes, vectors, false>(runs, from, weight + n, panel, to);
+        multiply_registers<Products, positions, bytes, vectors, false>(runs, inputs, weights, panel, to);
     }
   }
 }
 
 // The same for an instruction set with vectors of `bytes`; a panel has 48, 32 or 16 columns.
-template <class T, int positions, int bytes>
-INPAINT_INLINE void multiply(const Runs<T>& runs, int64_t offset, int64_t weight, int64_t panel, T* sums,
-                             bool accumulate) {
-  constexpr int lanes = bytes / static_cast<int>(sizeof(T));
+template <class Products, int positions, int bytes>
+INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight, int64_t panel,
+                             typename Products::Sum* sums, bool accumulate) {
+  constexpr int lanes = bytes / static_cast<int>(sizeof(*sums));
   if (panel % (3 * lanes) == 0)
-    multiply_panel<T, positions, bytes, 3>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 3>(runs, offset, weight, panel, sums, accumulate);
   else if (panel % (2 * lanes) == 0)
-    multiply_panel<T, positions, bytes, 2>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 2>(runs, offset, weight, panel, sums, accumulate);
   else
-    multiply_panel<T, positions, bytes, 1>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, sums, accumulate);
 }
 
 // ---- Winograd's F(2 x 2, 3 x 3) ----------------------------------------------------------------------------------
@@ -236,27 +352,39 @@ INPAINT_INLINE void multiply(const Runs<T>& runs, int64_t offset, int64_t weight
 
 constexpr int kWinogradInputs = 4, kWinogradOutputs = 2, kWinogradProducts = 16;
 
-// B^T d B for the 4 x 4 pixels whose rows start at rows[i]; to[product * plane + channel].
+// B^T d B for `tiles` tiles next to each other in four rows of packed pixels: to[product * plane + tile * channels +
+// channel]. Neighbours share two columns, whose sums down the rows are taken once.
 template <class T>
-INPAINT_INLINE void transform_input(const T* const* rows, int64_t channels, T* to, int64_t plane) {
+INPAINT_INLINE void transform_input(const T* const* rows, int64_t tiles, int64_t channels, T* to, int64_t plane) {
   for (int64_t c = 0; c < channels; c += kChunk) {
     Chunk<T> down[4][4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Chunk<T> d0 = load_chunk<T>(rows[0] + j * channels + c), d1 = load_chunk<T>(rows[1] + j * channels + c);
-      const Chunk<T> d2 = load_chunk<T>(rows[2] + j * channels + c), d3 = load_chunk<T>(rows[3] + j * channels + c);
+    const auto sum_down = [&](int64_t column, int j) INPAINT_INLINE_LAMBDA {
+      const int64_t at = column * channels + c;
+      const Chunk<T> d0 = load_chunk<T>(rows[0] + at), d1 = load_chunk<T>(rows[1] + at);
+      const Chunk<T> d2 = load_chunk<T>(rows[2] + at), d3 = load_chunk<T>(rows[3] + at);
       down[0][j] = d0 - d2;
       down[1][j] = d1 + d2;
       down[2][j] = d2 - d1;
       down[3][j] = d1 - d3;
-    }
+    };
+    sum_down(0, 2);
+    sum_down(1, 3);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      T* out = to + tile * channels + c;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      T* out = to + 4 * i * plane + c;
-      store_chunk<T>(out, down[i][0] - down[i][2]);
-      store_chunk<T>(out + plane, down[i][1] + down[i][2]);
-      store_chunk<T>(out + 2 * plane, down[i][2] - down[i][1]);
-      store_chunk<T>(out + 3 * plane, down[i][1] - down[i][3]);
+      for (int i = 0; i < 4; ++i) {
+        down[i][0] = down[i][2];
+        down[i][1] = down[i][3];
+      }
+      sum_down(2 * tile + 2, 2);
+      sum_down(2 * tile + 3, 3);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i, out += 4 * plane) {
+        store_chunk<T>(out, down[i][0] - down[i][2]);
+        store_chunk<T>(out + plane, down[i][1] + down[i][2]);
+        store_chunk<T>(out + 2 * plane, down[i][2] - down[i][1]);
+        store_chunk<T>(out + 3 * plane, down[i][1] - down[i][3]);
+      }
     }
   }
 }
@@ -350,17 +478,21 @@ INPAINT_INLINE void store_pixels(const Map<Element>& map, const Segment& segment
     return;
   }
   Element* to = map.sample(segment.b) + first * map.plane() + segment.y * map.width + segment.x;
-  for (int64_t c = 0; c < valid; ++c, to += map.plane()) {
+  for (int64_t c = 0; c < valid; c += kChunk, to += kChunk * map.plane()) {
     for (int64_t p = 0; p < segment.count; p += kChunk) {
-      T gathered[kChunk] = {};
       const int64_t pixels = std::min<int64_t>(kChunk, segment.count - p);
-      for (int64_t i = 0; i < pixels; ++i) gathered[i] = values[(p + i) * width + c];
-      if (segment.x_step == 1) {
-        store_channels<T>(to + p, load_chunk<T>(gathered), pixels);
-      } else {
+      Chunk<T> block[kChunk] = {};
+      for (int64_t i = 0; i < pixels; ++i) block[i] = load_chunk<T>(values + (p + i) * width + c);
+      transpose(block);
+      for (int64_t j = 0; j < std::min<int64_t>(kChunk, valid - c); ++j) {
+        Element* row = to + j * map.plane() + p * segment.x_step;
+        if (segment.x_step == 1) {
+          store_channels<T>(row, block[j], pixels);
+          continue;
+        }
         Element converted[kChunk];
-        store_chunk<T>(converted, load_chunk<T>(gathered));
-        for (int64_t i = 0; i < pixels; ++i) to[(p + i) * segment.x_step] = converted[i];
+        store_chunk<T>(converted, block[j]);
+        for (int64_t i = 0; i < pixels; ++i) row[i * segment.x_step] = converted[i];
       }
     }
   }
