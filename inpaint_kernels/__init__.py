@@ -8,7 +8,10 @@ from inpaint_kernels._backends import explain, use_backend  # noqa: E402
 from inpaint_kernels.flow_color import flow_to_color  # noqa: E402
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
+from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d  # noqa: E402
+from inpaint_kernels.ops.gated_conv2d import gated_conv2d  # noqa: E402
 from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
+from inpaint_kernels.ops.partial_conv2d import PartialConv2dResult, partial_conv2d  # noqa: E402
 from inpaint_kernels.ops.patch_vote import patch_vote  # noqa: E402
 from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
@@ -16,11 +19,15 @@ __all__ = [
     "PRESETS",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
+    "PartialConv2dResult",
     "PatchMatches",
     "contextual_attention",
+    "dilated_conv2d",
     "explain",
     "flow_to_color",
+    "gated_conv2d",
     "match_patches",
+    "partial_conv2d",
     "patch_vote",
     "patchmatch",
     "use_backend",

@@ -27,10 +27,22 @@ def _matched_map(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torc
     return key, torch.zeros(1, 16, 16, dtype=torch.int64, device=device), torch.zeros(1, 16, 16, device=device)
 
 
+def _layer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(1, 8, 16, 16, device=device), torch.zeros(8, 8, 3, 3, device=device)
+
+
+def _layer_with_mask(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    feature_map, weight = _layer(device)
+    return feature_map, torch.ones(1, 1, 16, 16, device=device), weight
+
+
 # The smallest sensible call of each op, to ask its backends about; nothing is run.
 _EXAMPLES: Mapping[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "contextual_attention": _two_maps,
+    "dilated_conv2d": _layer,
+    "gated_conv2d": _layer,
     "match_patches": _two_maps,
+    "partial_conv2d": _layer_with_mask,
     "patch_vote": _matched_map,
     "patchmatch": _two_maps,
 }

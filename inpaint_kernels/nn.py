@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inpaint_kernels.ops._convolution import Pair, check_activation, check_padding_mode
 from inpaint_kernels.ops.contextual_attention import (
     Box,
     ContextualAttentionResult,
     contextual_attention,
     resolve_preset,
 )
+from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d
+from inpaint_kernels.ops.gated_conv2d import check_gate_order, gated_conv2d
+from inpaint_kernels.ops.partial_conv2d import PartialConv2dResult, check_rule, partial_conv2d
 
 
 class ContextualAttention(torch.nn.Module):
@@ -66,3 +72,311 @@ class ContextualAttention(torch.nn.Module):
         """The preset and what was changed in it, for ``repr``."""
         options = "".join(f", {name}={value!r}" for name, value in self.overrides.items())
         return f"{self.preset!r}{options}"
+
+
+class GatedConv2d(torch.nn.Conv2d):
+    """:func:`inpaint_kernels.gated_conv2d` with its weights.
+
+    The parameters are ``weight`` [2 * out_channels, in_channels / groups, kh, kw] and ``bias`` [2 * out_channels]; with
+    ``separate_gate`` they have ``out_channels`` and the gate has ``gate_weight`` and ``gate_bias``. Checkpoints load
+    under these names and under the published ones::
+
+        conv.weight, conv.bias                     nipponjo/deepfillv2-pytorch GConv, converted TensorFlow weights
+        conv.conv.weight, conv.conv.bias           nipponjo GDeConv (upsample=2), mmagic SimpleGatedConvModule
+        conv2d.*, mask_conv2d.*                    csqiangwen, zhaoyuzhi, avalonstrel: features and gate, joined
+                                                   unless separate_gate
+
+    so ``conv1 = GatedConv2d(...)`` stands where the published module did. Spectral norms must be folded first.
+
+    Args:
+        in_channels: Cin.
+        out_channels: C, the channels that leave the gate.
+        kernel_size: int or (rows, columns), as the next three.
+        stride: as in the function.
+        padding: the same.
+        dilation: the same.
+        groups: the same.
+        bias: whether there are biases.
+        activation: the same, as all that follow but separate_gate, device and dtype.
+        negative_slope: the same.
+        padding_mode: the same.
+        upsample: the same.
+        gate_order: the same.
+        separate_gate: two weights instead of one; they are joined in every call.
+        backend: the same.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> layer = GatedConv2d(5, 24, 5, padding_mode="same_tf")
+        >>> layer(torch.rand(1, 5, 32, 48)).shape
+        torch.Size([1, 24, 32, 48])
+    """
+
+    gate_weight: torch.nn.Parameter | None
+    gate_bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        activation: str = "elu",
+        negative_slope: float = 0.2,
+        padding_mode: str = "zeros",
+        upsample: int = 1,
+        gate_order: str = "feature_first",
+        separate_gate: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation, negative_slope)
+        check_padding_mode(padding_mode)
+        check_gate_order(gate_order)
+        outputs = out_channels if separate_gate else 2 * out_channels
+        super().__init__(
+            in_channels, outputs, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.out_channels = out_channels
+        self.padding_mode = padding_mode  # type: ignore[assignment]
+        self.activation, self.negative_slope = activation, negative_slope
+        self.upsample, self.gate_order, self.backend = upsample, gate_order, backend
+        self.register_parameter("gate_weight", None)
+        self.register_parameter("gate_bias", None)
+        if separate_gate:
+            self.gate_weight = torch.nn.Parameter(torch.empty_like(self.weight))
+            if self.bias is not None:
+                self.gate_bias = torch.nn.Parameter(torch.empty_like(self.bias))
+            self._reset(self.gate_weight, self.gate_bias)
+        self.register_load_state_dict_pre_hook(_load_published_gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in the function."""
+        return gated_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            gate_weight=self.gate_weight,
+            gate_bias=self.gate_bias,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            padding_mode=self.padding_mode,
+            upsample=self.upsample,
+            gate_order=self.gate_order,
+            backend=self.backend,
+        )
+
+    def reset_parameters(self) -> None:
+        """New random values, as those of :class:`torch.nn.Conv2d`."""
+        super().reset_parameters()
+        if "gate_weight" in self._parameters and self.gate_weight is not None:  # not yet there in Conv2d's constructor
+            self._reset(self.gate_weight, self.gate_bias)
+
+    @staticmethod
+    def _reset(weight: Tensor, bias: Tensor | None) -> None:
+        torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None and weight[0].numel() > 0:
+            bound = 1 / math.sqrt(weight[0].numel())
+            torch.nn.init.uniform_(bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """What differs from a plain convolution, for ``repr``."""
+        options = _options(self, {"activation": "", "upsample": 1, "gate_order": "feature_first"})
+        return super().extra_repr() + options + (", separate_gate=True" if self.gate_weight is not None else "")
+
+
+class DilatedConv2d(torch.nn.Conv2d):
+    """:func:`inpaint_kernels.dilated_conv2d` with its weights: ``weight`` and ``bias``, as in :class:`torch.nn.Conv2d`.
+
+    Args:
+        in_channels: Cin.
+        out_channels: C.
+        kernel_size: int or (rows, columns), as the next three.
+        stride: as in the function.
+        padding: the same.
+        dilation: the same.
+        groups: the same.
+        bias: whether there is one.
+        activation: the same, as the next three.
+        negative_slope: the same.
+        padding_mode: the same.
+        backend: the same.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> layer = DilatedConv2d(8, 8, 3, padding=16, dilation=16)
+        >>> x = torch.rand(1, 8, 32, 48)
+        >>> layer(x, residual=x).shape
+        torch.Size([1, 8, 32, 48])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.2,
+        padding_mode: str = "zeros",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_activation(activation, negative_slope)
+        check_padding_mode(padding_mode)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.padding_mode = padding_mode  # type: ignore[assignment]
+        self.activation, self.negative_slope, self.backend = activation, negative_slope, backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Shapes as in the function."""
+        return dilated_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            padding_mode=self.padding_mode,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """What differs from a plain convolution, for ``repr``."""
+        return super().extra_repr() + _options(self, {"activation": ""})
+
+
+class PartialConv2d(torch.nn.Conv2d):
+    """:func:`inpaint_kernels.partial_conv2d` with its weights: ``weight`` and ``bias``, and no buffer for the mask.
+
+    Checkpoints load under these names (NVIDIA/partialconv, mmagic) and as ``input_conv.weight``, ``input_conv.bias``
+    (naoto0804); the constant ones ``mask_conv.weight`` and ``weight_mask_updater`` are dropped. Values are taken as
+    they are: weights trained by rule "naoto" need that rule, or a division by kh * kw * in_channels.
+
+    Args:
+        in_channels: Cin.
+        out_channels: C.
+        kernel_size: int or (rows, columns), as the next three.
+        stride: as in the function.
+        padding: the same.
+        dilation: the same.
+        groups: the same.
+        bias: whether there is one.
+        rule: the same, as the next three.
+        eps: the same.
+        mask_channels: the same.
+        backend: the same.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> layer = PartialConv2d(3, 8, 7, stride=2, padding=3)
+        >>> output, mask = layer(torch.rand(1, 3, 32, 48), torch.ones(1, 1, 32, 48))
+        >>> output.shape, mask.shape
+        (torch.Size([1, 8, 16, 24]), torch.Size([1, 1, 16, 24]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        rule: str = "nvidia",
+        eps: float = 1e-8,
+        mask_channels: Sequence[int] | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_rule(rule, eps)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.rule, self.eps, self.backend = rule, eps, backend
+        self.mask_channels = None if mask_channels is None else tuple(mask_channels)
+        self.register_load_state_dict_pre_hook(_load_published_partial)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> PartialConv2dResult:  # type: ignore[override]
+        """Shapes as in the function. Without a mask all is known but the border: partial convolution based padding."""
+        if mask is None:
+            mask = x.new_ones(1, len(self.mask_channels or (1,)), x.shape[2], x.shape[3])
+        return partial_conv2d(
+            x,
+            mask,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            rule=self.rule,
+            eps=self.eps,
+            mask_channels=self.mask_channels,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """What differs from a plain convolution, for ``repr``."""
+        return super().extra_repr() + _options(self, {"rule": "", "eps": 1e-8, "mask_channels": None})
+
+
+def _options(module: torch.nn.Module, defaults: Mapping[str, Any]) -> str:
+    values = {name: getattr(module, name) for name in defaults}
+    return "".join(f", {name}={value!r}" for name, value in values.items() if value != defaults[name])
+
+
+def _load_published_gate(module: GatedConv2d, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Brings a checkpoint's entries for one :class:`GatedConv2d` to its own names."""
+    for kind in ("weight", "bias"):
+        _rename(state_dict, prefix, f"conv.conv.{kind}", kind)
+        _rename(state_dict, prefix, f"conv.{kind}", kind)
+        features, gate = f"{prefix}conv2d.{kind}", f"{prefix}mask_conv2d.{kind}"
+        if module.gate_weight is not None:
+            _rename(state_dict, prefix, f"conv2d.{kind}", kind)
+            _rename(state_dict, prefix, f"mask_conv2d.{kind}", f"gate_{kind}")
+        elif features in state_dict and gate in state_dict:
+            halves = [state_dict.pop(features), state_dict.pop(gate)]
+            state_dict[prefix + kind] = torch.cat(halves if module.gate_order == "feature_first" else halves[::-1])
+
+
+def _load_published_partial(module: PartialConv2d, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The same for one :class:`PartialConv2d`."""
+    for kind in ("weight", "bias"):
+        _rename(state_dict, prefix, f"input_conv.{kind}", kind)
+    for constant in ("mask_conv.weight", "weight_mask_updater"):
+        state_dict.pop(prefix + constant, None)
+
+
+def _rename(state_dict: dict[str, Tensor], prefix: str, theirs: str, ours: str) -> None:
+    if prefix + theirs in state_dict and prefix + ours not in state_dict:
+        state_dict[prefix + ours] = state_dict.pop(prefix + theirs)

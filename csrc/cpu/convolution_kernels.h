@@ -230,17 +230,18 @@ INPAINT_INLINE void pack_row(const Convolution<T, Element>& convolution, int64_t
 
 // ---- Products ----------------------------------------------------------------------------------------------------
 
+#ifdef INPAINT_X86_VERSIONS
+#define INPAINT_ADD_PAIRS(sum, value, weights) asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weights))
+#else
+#define INPAINT_ADD_PAIRS(sum, value, weights) static_assert(depth == 1, "no such instruction here")
+#endif
+
 // How inputs and weights are packed, and multiplied: one at a time in the type of the sums...
 template <class T>
 struct SingleProducts {
   typedef T Sum;
   typedef T Packed;
   static constexpr int kDepth = 1;
-
-  template <class V>
-  static INPAINT_INLINE void add(V& sum, V value, V weights) {
-    sum += value * weights;
-  }
 };
 
 // ... or pairs of bfloat16, both summed in float by one instruction (AVX512_BF16: twice the rate).
@@ -248,14 +249,6 @@ struct PairProducts {
   typedef float Sum;
   typedef BFloatBits Packed;
   static constexpr int kDepth = 2;
-
-#ifdef INPAINT_X86_VERSIONS
-  // An intrinsic could not be inlined here: only the caller's caller is compiled for the instruction set.
-  template <class V>
-  static INPAINT_INLINE void add(V& sum, V value, V weights) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weights));
-  }
-#endif
 };
 
 // The bits of one float, double or pair of bfloat16 in every lane. (As a float, GCC would build the vector lane by lane
@@ -304,7 +297,17 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
       for (int p = 0; p < positions; ++p) {
         const V value = broadcast<V, T>(inputs + p * stride + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) Products::add(sum[p][j], value, row[j]);
+        for (int j = 0; j < vectors; ++j) {
+          if constexpr (depth == 1) {
+            sum[p][j] += value * row[j];
+          } else {
+            // Not the intrinsic: that is inlined only into functions that are themselves compiled for AVX512_BF16. And
+            // not behind a reference: the sums would then live in memory.
+            V pairs = sum[p][j];
+            INPAINT_ADD_PAIRS(pairs, value, row[j]);
+            sum[p][j] = pairs;
+          }
+        }
       }
     }
   }

@@ -1,0 +1,321 @@
+"""What the three convolution ops share: arguments made a geometry, checks, autocast, and why a backend cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from inpaint_kernels import _native
+from inpaint_kernels._backends import Explanation, OpBackends, Problem
+from inpaint_kernels._checks import (
+    check_choice,
+    check_dtype,
+    check_range,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+from inpaint_kernels._compile import constant_for_compile
+from inpaint_kernels.portable._convolution import Activation, Geometry, layout_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound="ConvolutionProblem")
+
+Pair = int | tuple[int, int]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS = ("elu", "relu", "leaky_relu", "none")
+PADDING_MODES = ("zeros", "reflect", "same_tf")
+
+GEOMETRY_SCHEMA = "int[2] stride, SymInt[4] pad, int[2] dilation, int groups"
+
+# Devices whose autocast the ops follow.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Raises unless these are the input, weight [O, Cin / groups, kh, kw] and bias [O] of a convolution."""
+    sizes = check_shape("x", x, "B Cin H W")
+    check_dtype("x", x, DTYPES)
+    check_range("groups", groups, minimum=1, integer=True)
+    if sizes["Cin"] % groups:
+        raise ValueError(f"groups: expected a divisor of the {sizes['Cin']} channels of x, got {groups}")
+    shape = check_shape("weight", weight, "O Cin/groups kh kw", **{"Cin/groups": sizes["Cin"] // groups})
+    if shape["O"] % groups:
+        raise ValueError(f"groups: expected a divisor of the {shape['O']} channels of weight, got {groups}")
+    if bias is not None:
+        check_shape("bias", bias, "O", O=shape["O"])
+    check_same_dtype(x=x, weight=weight, bias=bias)
+    check_same_device(x=x, weight=weight, bias=bias)
+
+
+def check_activation(name: str, slope: float) -> Activation:
+    """The activation of these arguments, or an error."""
+    check_choice("activation", name, ACTIVATIONS)
+    # From a result below zero its argument's side is known only if the slope is not negative.
+    check_range("negative_slope", slope, minimum=0)
+    return Activation(name, float(slope))
+
+
+def check_padding_mode(padding_mode: str) -> None:
+    """Raises ValueError unless it is one of :data:`PADDING_MODES`."""
+    check_choice("padding_mode", padding_mode, PADDING_MODES)
+
+
+def make_geometry(
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+) -> Geometry:
+    """The geometry of these arguments, or an error."""
+    steps = _pair("stride", stride, 1)
+    border = _pair("padding", padding, 0)
+    rates = _pair("dilation", dilation, 1)
+    check_padding_mode(padding_mode)
+    check_choice("upsample", upsample, (1, 2))
+    size = (x.shape[2] * upsample, x.shape[3] * upsample)
+    reach = [(weight.shape[axis + 2] - 1) * rates[axis] + 1 for axis in (0, 1)]
+    if padding_mode == "same_tf":
+        if border != (0, 0):
+            raise ValueError(f"padding: expected 0 with padding_mode='same_tf', which makes its own, got {padding}")
+        rows, columns = (_same_tf(size[axis], reach[axis], steps[axis]) for axis in (0, 1))
+        return Geometry(steps, (*rows, *columns), rates, groups, upsample)
+    if padding_mode == "reflect" and (border[0] >= size[0] or border[1] >= size[1]):
+        raise ValueError(
+            f"padding: expected less than the size {size[0]} x {size[1]} that padding_mode='reflect' mirrors, "
+            f"got {padding}"
+        )
+    if size[0] + 2 * border[0] < reach[0] or size[1] + 2 * border[1] < reach[1]:
+        raise ValueError(
+            f"x: expected, with its padding, at least the {reach[0]} x {reach[1]} pixels that the kernel spans, "
+            f"got {size[0] + 2 * border[0]} x {size[1] + 2 * border[1]}"
+        )
+    pad = (border[0], border[0], border[1], border[1])
+    return Geometry(steps, pad, rates, groups, upsample, padding_mode == "reflect")
+
+
+def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
+    """(rows, columns) of an integer or of a pair."""
+    if not isinstance(value, (tuple, list)):
+        check_range(name, value, minimum=minimum, integer=True)
+        return (value, value)
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected an integer or a pair (rows, columns), got {value}")
+    for part in value:
+        check_range(name, part, minimum=minimum, integer=True)
+    return (value[0], value[1])
+
+
+def _same_tf(size: int, reach: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's padding "SAME": as much as ceil(size / stride) outputs need, the odd pixel behind.
+
+    Written with a remainder: torch.export can prove how large the output is then.
+    """
+    total = reach - 1 - (size - 1) % stride
+    if reach < stride:
+        total = torch.sym_max(total, 0)
+    return total // 2, total - total // 2
+
+
+# Between a public function and its torch op ---------------------------------------------------------------------------
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of a convolution: inside ``torch.autocast`` the short one, except for float64."""
+    device = x.device.type if isinstance(x, Tensor) else "none"
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *others)
+    )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for this call's gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def only_computes(*tensors: Tensor | None) -> bool:
+    """Whether nobody but the kernel looks at a call that wants no gradient: no compilation, tracing or subclass.
+
+    The dispatcher and autograd layers of a Python op cost 20 us a call, as much as a kernel on a small map.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and all(t is None or ((type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta) for t in tensors)
+    )
+
+
+def geometry_arguments(geometry: Geometry) -> tuple[Any, ...]:
+    """The geometry in the order of :data:`GEOMETRY_SCHEMA`."""
+    return geometry.stride, geometry.pad, geometry.dilation, geometry.groups
+
+
+def geometry_of(
+    stride: Any, pad: Any, dilation: Any, groups: int, upsample: int = 1, reflect: bool = False
+) -> Geometry:
+    """The geometry of an op's arguments."""
+    return Geometry(tuple(stride), tuple(pad), tuple(dilation), groups, upsample, reflect)
+
+
+def outside_autocast(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Runs an op's implementation with autocast off: the dtypes are those that the public function decided on."""
+
+    @functools.wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        device = x.device.type
+        if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+            return kernel(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself if it is contiguous in NCHW or in channels_last, else a copy in NCHW."""
+    return x.contiguous(memory_format=layout_of(x))
+
+
+def like(x: Tensor, layout: Tensor) -> Tensor:
+    """``x``, contiguous in the layout of another tensor."""
+    return x.contiguous(memory_format=layout_of(layout))
+
+
+def gradients(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None], x: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an op's backward returns: each gradient in the layout of its tensor, an empty tensor where unwanted."""
+    grad_x, grad_weight, grad_bias = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    return (
+        x.new_empty(0) if grad_x is None else like(grad_x, x),
+        x.new_empty(0) if grad_weight is None else like(grad_weight, weight),
+        x.new_empty(0) if grad_bias is None else grad_bias.contiguous(),
+    )
+
+
+def fake_gradients(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without values."""
+    return (
+        torch.empty_like(x, memory_format=layout_of(x)) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight, memory_format=layout_of(weight)) if wanted[1] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if wanted[2] else x.new_empty(0),
+    )
+
+
+# Backends -------------------------------------------------------------------------------------------------------------
+
+
+class ConvolutionProblem(Problem, Protocol):
+    """What the backends of all three ops need to know of a call."""
+
+    @property
+    def x(self) -> Tensor:
+        """[B, Cin, H, W]."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, Cin / groups, kh, kw]."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Which pixels each tap reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionExplanation(Explanation):
+    """An :class:`Explanation` that also says which of its ways the Triton backend would go, where it can run.
+
+    Attributes:
+        triton_way: the way and why; empty if Triton cannot run the call.
+    """
+
+    triton_way: str = ""
+
+    def __str__(self) -> str:
+        way = f"\n  triton runs it {self.triton_way}" if self.triton_way else ""
+        return super().__str__() + way
+
+
+class ConvolutionBackends(OpBackends[C]):
+    """The backends of a convolution op: cpu, triton, portable, reference."""
+
+    def __init__(self, op: str, prepare: Callable[..., C]) -> None:
+        """Registers them under the op's name; ``prepare`` as in :class:`OpBackends`."""
+
+        def cpu(problem: C) -> list[str]:
+            return _cpu_reasons(op, problem)
+
+        super().__init__(
+            op, prepare, {"cpu": cpu, "triton": _triton_reasons, "portable": _always, "reference": _always}
+        )
+
+    def explain(self, problem: C, requested: str | None = None) -> Explanation:
+        """As in :class:`OpBackends`, with Triton's way."""
+        plain = super().explain(problem, requested)
+        way = _triton_way(problem) if "triton" in plain.usable else ""
+        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        return ConvolutionExplanation(**fields, triton_way=way)
+
+
+def _cpu_reasons(op: str, problem: ConvolutionProblem) -> list[str]:
+    if not problem.x.is_cpu:
+        return [f"the tensors are on {problem.x.device}, not on the CPU"]
+    missing = _native.why_not(op, "CPU")
+    return _one_group(problem) if missing is None else [*_one_group(problem), missing]
+
+
+def _triton_reasons(problem: ConvolutionProblem) -> list[str]:
+    if not problem.x.is_cuda:
+        return [f"the tensors are on {problem.x.device}, not on a CUDA device"]
+    if not torch.cuda.is_available():  # tensors without memory may claim a device that is not there
+        return [f"torch {torch.__version__} sees no CUDA device"]
+    return [*_triton_lacks(problem.x.device, problem.x.dtype), *_one_group(problem)]
+
+
+# A constant for torch.compile, which could not trace the question to the driver.
+@constant_for_compile
+def _triton_lacks(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    return _triton_lacks_once(device, dtype)
+
+
+@functools.cache
+def _triton_lacks_once(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    from inpaint_kernels.triton_kernels import _availability
+
+    return tuple(_availability.reasons(torch.empty(0, dtype=dtype, device=device), 1))
+
+
+def _one_group(problem: ConvolutionProblem) -> list[str]:
+    return [] if problem.geometry.groups == 1 else ["the kernel takes groups=1 only"]
+
+
+def _always(problem: Any) -> list[str]:
+    return []
+
+
+def _triton_way(problem: ConvolutionProblem) -> str:
+    from inpaint_kernels.triton_kernels import _launch_config as config
+
+    layer = config.layer_of(problem.x, problem.weight, problem.geometry)
+    inside, why = config.in_gemm(layer, config.capability_of(problem.x))
+    return f"{'inside an implicit GEMM' if inside else 'behind cuDNN'}: {why}"
