@@ -79,7 +79,8 @@ struct PackedWeights {
   int64_t panel_size;
 };
 
-// `transform(kernel [taps], to [products])` turns the taps of a pair of channels into what is multiplied.
+// `transform(kernel [taps], to [products])` turns the taps of a channel into what is multiplied, for kChunk columns at
+// once.
 template <class Products, class Element, class Transform>
 PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, Element>& convolution,
                                      const Panels& panels, int64_t products, int64_t stride,
@@ -91,21 +92,30 @@ PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, E
   const int64_t taps = convolution.y.kernel * convolution.x.kernel, size = products * stride * columns;
   PackedWeights<Products> packed{Buffer<Packed>(panels.count() * size, stride != channels),
                                  Buffer<T>(panels.count() * columns), size};
-  run_tasks(panels.count(), size, [&](int64_t, int64_t panel) {
+  const int64_t groups = columns / kChunk;
+  run_tasks(panels.count() * groups, products * stride * kChunk, [&](int64_t, int64_t task) {
+    const int64_t panel = task / groups, first = task % groups * kChunk;
     Packed* to = packed.weights.get() + panel * size;
-    std::vector<T> kernel(taps), values(products);
-    for (int64_t n = 0; n < columns; ++n) {
-      const int64_t row = panels.row(panel, n);
+    const Buffer<T> kernel(taps * kChunk), values(products * kChunk);
+    std::fill_n(kernel.get(), taps * kChunk, T(0));
+    for (int64_t lane = 0; lane < kChunk; ++lane) {
+      const int64_t row = panels.row(panel, first + lane);
       const bool biased = row >= 0 && convolution.bias != nullptr;
-      packed.bias[panel * columns + n] = biased ? load_one<T>(convolution.bias + row) : T(0);
-      for (int64_t c = 0; c < channels; ++c) {
+      packed.bias[panel * columns + first + lane] = biased ? load_one<T>(convolution.bias + row) : T(0);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t lane = 0; lane < kChunk; ++lane) {
+        const int64_t row = panels.row(panel, first + lane);
         const Element* from = convolution.weight + (row * channels + c) * taps;
-        for (int64_t tap = 0; tap < taps; ++tap) kernel[tap] = row < 0 ? T(0) : load_one<T>(from + tap);
-        transform(kernel.data(), values.data());
-        for (int64_t i = 0; i < products; ++i) {
-          const int64_t inner = i * stride + c;
-          store_one<T>(to + (inner / depth * columns + n) * depth + inner % depth, values[i]);
-        }
+        for (int64_t tap = 0; row >= 0 && tap < taps; ++tap) kernel[tap * kChunk + lane] = load_one<T>(from + tap);
+      }
+      transform(kernel.get(), values.get());
+      for (int64_t i = 0; i < products; ++i) {
+        const int64_t inner = i * stride + c;
+        Packed* column = to + (inner / depth * columns + first) * depth + inner % depth;
+        Packed lanes[kChunk];
+        store_chunk<T>(lanes, load_chunk<T>(values.get() + i * kChunk));
+        for (int64_t lane = 0; lane < kChunk; ++lane) column[lane * depth] = lanes[lane];
       }
     }
   });
@@ -181,7 +191,7 @@ class Direct {
         panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
         channels_(round_up(convolution.input.channels, Products::kDepth)),
         weights_(pack_weights<Products>(convolution, panels_, taps(), channels_,
-                                        [this](const T* kernel, T* to) { std::copy_n(kernel, taps(), to); })) {
+                                        [this](const T* kernel, T* to) { std::copy_n(kernel, taps() * kChunk, to); })) {
     const Axis &y = convolution.y, &x = convolution.x;
     const int64_t pixel = convolution.y.kernel * channels_ * static_cast<int64_t>(sizeof(Packed)) * x.stride;
     const int64_t wanted = std::max<int64_t>(kRowBytes / pixel / kPositions, 4) * kPositions;
@@ -299,7 +309,7 @@ class Winograd {
         panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
         channels_(convolution.input.channels),
         stride_(round_up(channels_, kChunk)),
-        weights_(pack_weights<Products>(convolution, panels_, kWinogradProducts, stride_, transform_kernel<T>)) {
+        weights_(pack_weights<Products>(convolution, panels_, kWinogradProducts, stride_, transform_kernels<T>)) {
     const int64_t per_tile = kWinogradProducts * stride_ * static_cast<int64_t>(sizeof(T));
     const int64_t limit = std::clamp<int64_t>(kTileBytes / per_tile / kPositions, 1, kMostTiles / kPositions);
     cut_strips(limit * kPositions);

@@ -72,6 +72,9 @@ template <class T, class Element>
 INPAINT_INLINE T load_one(const Element* from) {
   if constexpr (std::is_same_v<T, Element>) {
     return *from;
+  } else if constexpr (std::is_same_v<Element, BFloatBits>) {
+    const uint32_t word = uint32_t{from->bits} << 16;
+    return load<T>(&word);
   } else {
     Element lanes[kChunk] = {*from};
     return load_chunk<T>(lanes)[0];
@@ -413,21 +416,22 @@ INPAINT_INLINE void transform_output(const T* products, int64_t plane, int64_t p
   }
 }
 
-// G g G^T of a 3 x 3 kernel.
+// G g G^T of the 3 x 3 kernels of kChunk columns: kernels [9][kChunk] -> to [16][kChunk].
 template <class T>
-INPAINT_INLINE void transform_kernel(const T* g, T* to) {
-  T down[4][3];
+INPAINT_INLINE void transform_kernels(const T* kernels, T* to) {
+  Chunk<T> g[9], down[4][3];
+  for (int i = 0; i < 9; ++i) g[i] = load_chunk<T>(kernels + i * kChunk);
   for (int j = 0; j < 3; ++j) {
     down[0][j] = g[j];
-    down[1][j] = (g[j] + g[3 + j] + g[6 + j]) / 2;
-    down[2][j] = (g[j] - g[3 + j] + g[6 + j]) / 2;
+    down[1][j] = (g[j] + g[3 + j] + g[6 + j]) * T(0.5);
+    down[2][j] = (g[j] - g[3 + j] + g[6 + j]) * T(0.5);
     down[3][j] = g[6 + j];
   }
-  for (int i = 0; i < 4; ++i) {
-    to[4 * i] = down[i][0];
-    to[4 * i + 1] = (down[i][0] + down[i][1] + down[i][2]) / 2;
-    to[4 * i + 2] = (down[i][0] - down[i][1] + down[i][2]) / 2;
-    to[4 * i + 3] = down[i][2];
+  for (int i = 0; i < 4; ++i, to += 4 * kChunk) {
+    store_chunk<T>(to, down[i][0]);
+    store_chunk<T>(to + kChunk, (down[i][0] + down[i][1] + down[i][2]) * T(0.5));
+    store_chunk<T>(to + 2 * kChunk, (down[i][0] - down[i][1] + down[i][2]) * T(0.5));
+    store_chunk<T>(to + 3 * kChunk, down[i][2]);
   }
 }
 
