@@ -19,17 +19,11 @@ void expose_contextual_attention(Exposed& exposed) {
   exposed.add<&launch_scores<float>>("contextual_attention_scores_float32");
   exposed.add<&launch_statistics<float>>("contextual_attention_statistics_float32");
   exposed.add<&launch_matches<float>>("contextual_attention_matches_float32");
-  exposed.add<&launch_paste_backward<float>>("contextual_attention_paste_backward_float32");
   exposed.add<&launch_softmax_backward<float>>("contextual_attention_softmax_backward_float32");
-  exposed.add<&launch_fuse_backward<float>>("contextual_attention_fuse_backward_float32");
-  exposed.add<&launch_patch_backward<float>>("contextual_attention_patch_backward_float32");
   exposed.add<&launch_scores<double>>("contextual_attention_scores_float64");
   exposed.add<&launch_statistics<double>>("contextual_attention_statistics_float64");
   exposed.add<&launch_matches<double>>("contextual_attention_matches_float64");
-  exposed.add<&launch_paste_backward<double>>("contextual_attention_paste_backward_float64");
   exposed.add<&launch_softmax_backward<double>>("contextual_attention_softmax_backward_float64");
-  exposed.add<&launch_fuse_backward<double>>("contextual_attention_fuse_backward_float64");
-  exposed.add<&launch_patch_backward<double>>("contextual_attention_patch_backward_float64");
   exposed.add<&launch_paste_weights<float, float>>("contextual_attention_paste_weights_float32_float32");
   exposed.add<&launch_paste<float, float>>("contextual_attention_paste_float32_float32");
   exposed.add<&launch_paste_weights<float, __half>>("contextual_attention_paste_weights_float32_float16");
@@ -38,6 +32,14 @@ void expose_contextual_attention(Exposed& exposed) {
   exposed.add<&launch_paste<float, __nv_bfloat16>>("contextual_attention_paste_float32_bfloat16");
   exposed.add<&launch_paste_weights<double, double>>("contextual_attention_paste_weights_float64_float64");
   exposed.add<&launch_paste<double, double>>("contextual_attention_paste_float64_float64");
+  exposed.add<&launch_fuse_backward<float, float>>("contextual_attention_fuse_backward_float32_float32");
+  exposed.add<&launch_patch_backward<float, float>>("contextual_attention_patch_backward_float32_float32");
+  exposed.add<&launch_fuse_backward<float, __half>>("contextual_attention_fuse_backward_float32_float16");
+  exposed.add<&launch_patch_backward<float, __half>>("contextual_attention_patch_backward_float32_float16");
+  exposed.add<&launch_fuse_backward<float, __nv_bfloat16>>("contextual_attention_fuse_backward_float32_bfloat16");
+  exposed.add<&launch_patch_backward<float, __nv_bfloat16>>("contextual_attention_patch_backward_float32_bfloat16");
+  exposed.add<&launch_fuse_backward<double, double>>("contextual_attention_fuse_backward_float64_float64");
+  exposed.add<&launch_patch_backward<double, double>>("contextual_attention_patch_backward_float64_float64");
 
   exposed.add_elementwise<&row_neighbour>("row_neighbour");
   exposed.add_elementwise<&column_neighbour>("column_neighbour");
