@@ -19,7 +19,7 @@ from inpaint_kernels.portable._contextual_attention_tiles import Semantics
 from inpaint_kernels.reference import contextual_attention as reference
 from tests.compare import assert_close_to_reference
 from tests.emulated_attention import EmulatedKernels, schemas
-from tests.emulation_build import ROOT, needs_emulation
+from tests.emulation_build import ROOT, module, needs_emulation
 from tests.gpu_launches import TorchLaunches
 
 FORWARD_KERNELS = ["rows", "scores", "statistics", "paste_weights", "paste", "matches"]
@@ -382,6 +382,20 @@ def test_what_does_not_fit_is_cut_into_groups(monkeypatch):
     assert kernels.launches.count("key_norm") == 3  # two samples at a time
     assert kernels.launches.count("scores") == 6  # of two tiles
     torch.testing.assert_close(output, whole[0], rtol=0, atol=2e-6)
+
+
+# Index maps -----------------------------------------------------------------------------------------------------------
+
+
+@needs_emulation
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (5, 1), (2, 3), (6, 4)])
+def test_steps_by_coordinates_are_the_maps_that_the_cpu_kernel_uses(height, width):
+    maps, positions = module(), np.arange(height * width)
+    for step in range(-9, 10):
+        rows = maps.row_neighbour(positions, step, height * width)
+        assert np.array_equal(maps.row_neighbour_by_steps(positions, step, height, width), rows)
+        columns = maps.column_neighbour(positions, step, height, width)
+        assert np.array_equal(maps.column_neighbour_by_steps(positions, step, height, width), columns)
 
 
 # Schemas --------------------------------------------------------------------------------------------------------------

@@ -119,13 +119,15 @@ struct PositionCursor {
   int64_t p = -2, y = 0, x = 0;
   bool follows = false;  // whether this position is the right neighbour of the one before
 
+  __device__ GridPosition at() const { return {static_cast<int>(y), static_cast<int>(x)}; }
+
   __device__ void move_to(const AttentionTile& tile, int64_t position) {
     follows = position == p + 1 && x + 1 < tile.query_width;
     p = position;
     if (follows) {
       ++x;
     } else {
-      y = p / tile.query_width;
+      y = static_cast<int>(p) / static_cast<int>(tile.query_width);
       x = p - y * tile.query_width;
     }
   }
@@ -183,12 +185,12 @@ class FuseWindow {
 
 // dS0(p, q) term by term: for any fuse, and at the borders.
 template <class T>
-__device__ T fusing_gradients(const AttentionTile& tile, const T* gradients, int64_t p, int64_t q) {
+__device__ T fusing_gradients(const AttentionTile& tile, const T* gradients, const GridPosition& p,
+                              const GridPosition& q) {
   T sum = 0;
-  for_each_fusing_pair(tile, p, q, [&](int64_t p_term, int64_t q_term) {
-    const int64_t row = tile.row(p_term / tile.query_width, p_term % tile.query_width);
-    const int64_t v = q_term / tile.key_width, u = q_term - v * tile.key_width;
-    if (row >= 0) sum += gradients[row * tile.logit_columns() + v * tile.key_cell_width + u];
+  for_each_fusing_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term) {
+    const int64_t row = tile.row(p_term.y, p_term.x);
+    if (row >= 0) sum += gradients[row * tile.logit_columns() + q_term.y * tile.key_cell_width + q_term.x];
   });
   return sum;
 }
@@ -242,12 +244,13 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
         }
         if (key.f >= 0 && key.f < tile.keys()) {
           const bool is_whole = kWindowed && fused.is_whole(position.y, position.x, key);
-          const T gradient = is_whole ? fused.sum() : fusing_gradients(tile, gradients, position.p, key.f);
+          const T gradient =
+              is_whole ? fused.sum() : fusing_gradients(tile, gradients, position.at(), GridPosition{key.v, key.u});
           const T scaled = gradient * inverse_norm[key.f];
           if (gradient != T(0)) {
             present += scaled * (kWindowed ? patch.sum(key.u)
-                                           : patch_score<T>(tile, position.p, key.f, -tile.before(), tile.after(),
-                                                            correlations));
+                                           : patch_score<T>(tile, position.at(), GridPosition{key.v, key.u},
+                                                            -tile.before(), tile.after(), correlations));
           }
           score_gradients[i * tile.key_columns + key.f] = static_cast<W>(scaled);
         }
@@ -298,7 +301,8 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
       T sum = 0;
       if (key.f < tile.keys())
         sum = kWindowed ? patch.sum(key.u)
-                        : patch_score<T>(tile, position.p, key.f, -tile.after(), tile.before(), score_gradients);
+                        : patch_score<T>(tile, position.at(), GridPosition{key.v, key.u}, -tile.after(), tile.before(),
+                                         score_gradients);
       gradients[i * tile.key_columns + key.f] = static_cast<W>(sum);
     }
   }

@@ -48,11 +48,12 @@ __global__ void contextual_attention_rows_kernel(PixelRuns pixels, int32_t* __re
 
 // S(p, q) term by term: for any patch and fuse, and at the borders, where terms are missing or wrap around.
 template <class T>
-__device__ T fused_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm, int64_t p,
-                         int64_t q) {
+__device__ T fused_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
+                         const GridPosition& p, const GridPosition& q) {
   T sum = 0;
-  for_each_fused_pair(tile, p, q, [&](int64_t p_term, int64_t q_term) {
-    sum += inverse_norm[q_term] * patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
+  for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term) {
+    sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
+           patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
   });
   return sum;
 }
@@ -183,8 +184,9 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
       if (key.f >= 0 && key.f < tile.keys()) {
         const bool inside = kWindowed && y >= kHalf && y + kHalf < tile.query_height && x >= kHalf &&
                             x + kHalf < tile.query_width && key.v >= kHalf && key.v + kHalf < tile.key_height;
-        const T score = inside ? window.score(key.u)
-                               : fused_score(tile, correlations, inverse_norm, y * tile.query_width + x, key.f);
+        const GridPosition p{static_cast<int>(y), static_cast<int>(x)};
+        const T score =
+            inside ? window.score(key.u) : fused_score(tile, correlations, inverse_norm, p, GridPosition{key.v, key.u});
         const int64_t at = key.v * tile.key_cell_width + key.u;
         logit = score * factor[at] + offset[at];
         logits[row * tile.logit_columns() + at] = logit;

@@ -138,18 +138,36 @@ struct Pairs {
   }
 };
 
+// A position of a grid by its coordinates, so that the fuse's steps (row_neighbour, column_neighbour) need no division:
+// 64 bits have none in hardware, and at the borders every score takes dozens of steps.
+struct GridPosition {
+  int y, x;
+
+  // `step` further in column-major order, on past the end of a column into the next one; false past the grid's ends.
+  INPAINT_HOST_DEVICE bool step_down(int step, int64_t height, int64_t width) {
+    for (y += step; y < 0; --x) y += static_cast<int>(height);
+    for (; y >= height; ++x) y -= static_cast<int>(height);
+    return x >= 0 && x < width;
+  }
+  // The same in row-major order.
+  INPAINT_HOST_DEVICE bool step_right(int step, int64_t height, int64_t width) {
+    for (x += step; x < 0; --y) x += static_cast<int>(width);
+    for (; x >= width; ++y) x -= static_cast<int>(width);
+    return y >= 0 && y < height;
+  }
+};
+
 // The sum of value(p', q') over the patches around p and q, offsets [first, last] per axis; zero outside the maps.
 // [-before, after] gives S0(p, q) without its norm, [-after, before] its adjoint.
 template <class T, class Value>
-__device__ T patch_score(const AttentionTile& tile, int64_t p, int64_t q, int first, int last, const Value& value) {
-  const int64_t y = p / tile.query_width, x = p % tile.query_width;
-  const int64_t v = q / tile.key_width, u = q % tile.key_width;
+__device__ T patch_score(const AttentionTile& tile, const GridPosition& p, const GridPosition& q, int first, int last,
+                         const Value& value) {
   T sum = 0;
   for (int dy = first; dy <= last; ++dy) {
-    if (y + dy < 0 || y + dy >= tile.query_height || v + dy < 0 || v + dy >= tile.key_height) continue;
+    if (p.y + dy < 0 || p.y + dy >= tile.query_height || q.y + dy < 0 || q.y + dy >= tile.key_height) continue;
     for (int dx = first; dx <= last; ++dx) {
-      if (x + dx < 0 || x + dx >= tile.query_width || u + dx < 0 || u + dx >= tile.key_width) continue;
-      sum += value(p + dy * tile.query_width + dx, q + dy * tile.key_width + dx);
+      if (p.x + dx < 0 || p.x + dx >= tile.query_width || q.x + dx < 0 || q.x + dx >= tile.key_width) continue;
+      sum += value((p.y + dy) * tile.query_width + p.x + dx, (q.y + dy) * tile.key_width + q.x + dx);
     }
   }
   return sum;
@@ -213,32 +231,34 @@ struct KeyCursor {
 // Calls visit(p', q') for every pair whose patch score the fused score of (p, q) sums: a step along columns, then one
 // along rows, both running on past line ends.
 template <class Visit>
-__device__ void for_each_fused_pair(const AttentionTile& tile, int64_t p, int64_t q, const Visit& visit) {
+__device__ void for_each_fused_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
+                                    const Visit& visit) {
   const int half = static_cast<int>(tile.half);
   for (int e = -half; e <= half; ++e) {
-    const int64_t p_column = column_neighbour(p, e, tile.query_height, tile.query_width);
-    const int64_t q_column = column_neighbour(q, e, tile.key_height, tile.key_width);
-    if (p_column < 0 || q_column < 0) continue;
+    GridPosition p_column = p, q_column = q;
+    const bool exists = p_column.step_down(e, tile.query_height, tile.query_width);
+    if (!q_column.step_down(e, tile.key_height, tile.key_width) || !exists) continue;
     for (int d = -half; d <= half; ++d) {
-      const int64_t p_row = row_neighbour(p_column, d, tile.query_height * tile.query_width);
-      const int64_t q_row = row_neighbour(q_column, d, tile.keys());
-      if (p_row >= 0 && q_row >= 0) visit(p_row, q_row);
+      GridPosition p_row = p_column, q_row = q_column;
+      const bool row_exists = p_row.step_right(d, tile.query_height, tile.query_width);
+      if (q_row.step_right(d, tile.key_height, tile.key_width) && row_exists) visit(p_row, q_row);
     }
   }
 }
 
 // The adjoint: calls visit(p', q') for every pair whose fused score sums the patch score of (p, q).
 template <class Visit>
-__device__ void for_each_fusing_pair(const AttentionTile& tile, int64_t p, int64_t q, const Visit& visit) {
+__device__ void for_each_fusing_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
+                                     const Visit& visit) {
   const int half = static_cast<int>(tile.half);
   for (int d = -half; d <= half; ++d) {
-    const int64_t p_row = row_neighbour(p, d, tile.query_height * tile.query_width);
-    const int64_t q_row = row_neighbour(q, d, tile.keys());
-    if (p_row < 0 || q_row < 0) continue;
+    GridPosition p_row = p, q_row = q;
+    const bool exists = p_row.step_right(d, tile.query_height, tile.query_width);
+    if (!q_row.step_right(d, tile.key_height, tile.key_width) || !exists) continue;
     for (int e = -half; e <= half; ++e) {
-      const int64_t p_column = column_neighbour(p_row, e, tile.query_height, tile.query_width);
-      const int64_t q_column = column_neighbour(q_row, e, tile.key_height, tile.key_width);
-      if (p_column >= 0 && q_column >= 0) visit(p_column, q_column);
+      GridPosition p_column = p_row, q_column = q_row;
+      const bool column_exists = p_column.step_down(e, tile.query_height, tile.query_width);
+      if (q_column.step_down(e, tile.key_height, tile.key_width) && column_exists) visit(p_column, q_column);
     }
   }
 }

@@ -11,6 +11,16 @@ namespace {
 
 using emulation::Exposed;
 
+// Steps of the CUDA kernels' fuse, in the terms of column_neighbour and row_neighbour.
+int64_t column_neighbour_by_steps(int64_t p, int64_t step, int64_t height, int64_t width) {
+  inpaint::GridPosition at{static_cast<int>(p / width), static_cast<int>(p % width)};
+  return at.step_down(static_cast<int>(step), height, width) ? at.y * width + at.x : -1;
+}
+int64_t row_neighbour_by_steps(int64_t p, int64_t step, int64_t height, int64_t width) {
+  inpaint::GridPosition at{static_cast<int>(p / width), static_cast<int>(p % width)};
+  return at.step_right(static_cast<int>(step), height, width) ? at.y * width + at.x : -1;
+}
+
 void expose_contextual_attention(Exposed& exposed) {
   using namespace inpaint;
   exposed.add<&launch_key_norm<float>>("contextual_attention_key_norm_float32");
@@ -43,6 +53,8 @@ void expose_contextual_attention(Exposed& exposed) {
 
   exposed.add_elementwise<&row_neighbour>("row_neighbour");
   exposed.add_elementwise<&column_neighbour>("column_neighbour");
+  exposed.add_elementwise<&column_neighbour_by_steps>("column_neighbour_by_steps");
+  exposed.add_elementwise<&row_neighbour_by_steps>("row_neighbour_by_steps");
   exposed.add_elementwise<&window_start>("window_start");
   exposed.add_elementwise<&patch_norm<float>>("patch_norm_float32");
   exposed.add_elementwise<&patch_norm<double>>("patch_norm_float64");
