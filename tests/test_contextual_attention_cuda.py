@@ -456,11 +456,34 @@ def test_workspace_stays_within_a_gibibyte(size, purpose):
     box = np.zeros(size, bool)
     box[: 2 + size[0] // 4, : 2 + size[1] // 4] = True
     plan = planning.make_plan(size, size, semantics, box.tobytes(), purpose, 4, 4)
-    rows = plan.most_pixels + plan.most_queries
-    if purpose == "gradients":
-        rows += plan.most_scores + plan.most_cells + plan.most_queries
-    assert 4 * rows * size[0] * size[1] < 2**30
+    most = (plan.most_pixels, plan.most_scores, plan.most_cells, plan.most_queries)
+    assert sum(planning.matrix_bytes(most, plan.keys, len(plan.phases), purpose, 4, 4)) < 2**30
     assert all(len(part.slices) <= planning.MAX_RUNS for tile in plan.tiles for part in (tile.pixels, tile.scores))
+
+
+@pytest.mark.parametrize("purpose", ["output", "gradients"])
+def test_samples_share_the_workspace(purpose):
+    def samples(size: int, batch: int) -> int:
+        return planning.make_plan(
+            (size, size), (size, size), semantics_of("nipponjo"), None, purpose, 4, 4, batch
+        ).samples
+
+    assert samples(32, 16) == 16
+    at_most = samples(32, 10_000)
+    assert 30 < at_most < 80  # 1,024^2 scores are 4 MiB, and two to four matrices of this size share 640 MiB
+    assert samples(250, 16) == 1
+
+
+@pytest.mark.parametrize(("map_size", "multiple"), [(2, 8), (4, 4), (8, 4)])
+@pytest.mark.parametrize("keys", [(5, 7), (6, 8), (3, 31)])
+def test_lines_of_keys_are_padded_to_the_widest_access(keys, map_size, multiple):
+    score_size = max(4, map_size)
+    plan = planning.make_plan((4, 4), keys, semantics_of("nipponjo"), None, "output", score_size, map_size)
+    rows, width = plan.keys.cells
+    assert (rows, width % multiple, plan.keys.columns % multiple) == (keys[0] + 1, 0, 0)
+    assert keys[1] + 1 <= width < keys[1] + 1 + multiple
+    assert keys[0] * keys[1] <= plan.keys.columns < keys[0] * keys[1] + multiple
+    assert plan.keys.logit_columns == keys[0] * width
 
 
 def test_cost_is_that_of_the_queries():
