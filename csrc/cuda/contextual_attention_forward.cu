@@ -46,20 +46,41 @@ __global__ void contextual_attention_rows_kernel(PixelRuns pixels, int32_t* __re
 
 // ---- Scores ------------------------------------------------------------------------------------------------------
 
-// S(p, q) term by term: for any patch and fuse, and at the borders, where terms are missing or wrap around.
+// Steps of the fuse that stay in the query map and, downwards, in the key map.
+struct PlainSteps {
+  int first_e = 1, last_e = 0, first_d = 1, last_d = 0;
+
+  PlainSteps() = default;  // none
+  __device__ PlainSteps(const AttentionTile& tile, const GridPosition& p, const GridPosition& q, int half) {
+    first_e = max(-half, -min(p.y, q.y));
+    last_e = min(half, static_cast<int>(min(tile.query_height - p.y, tile.key_height - q.y)) - 1);
+    first_d = max(-half, -p.x);
+    last_d = min(half, static_cast<int>(tile.query_width) - 1 - p.x);
+  }
+  __device__ bool has_down(int e) const { return e >= first_e && e <= last_e; }
+  __device__ bool has_right(int d) const { return d >= first_d && d <= last_d; }
+  __device__ bool are_all(int half) const {
+    return has_down(-half) && has_down(half) && has_right(-half) && has_right(half);
+  }
+};
+
+// What S(p, q) sums beyond the plain steps, term by term: everything for a general patch and fuse, a third or less at
+// the borders, where steps wrap around.
 template <class T>
-__device__ T fused_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
-                         const GridPosition& p, const GridPosition& q) {
+__device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
+                            const GridPosition& p, const GridPosition& q, const PlainSteps& plain) {
   T sum = 0;
-  for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term) {
-    sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
-           patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
+  for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term, int e, int d) {
+    if (!plain.has_down(e) || !plain.has_right(d)) {
+      sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
+             patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
+    }
   });
   return sum;
 }
 
-// The correlations that S of a walk's present step sums, as a window that slides along the diagonal. Holds where the
-// fuse stays in the query map and in the rows of the key map; its key columns may wrap, and patches may reach outside.
+// The correlations that S of a walk's present step sums, as a window that slides along the diagonal. It has those of
+// plain steps of the fuse; among them key columns may wrap, and patches may reach outside of the maps.
 template <class T, int kPatch, int kHalf>
 class DiagonalWindow {
  public:
@@ -86,11 +107,12 @@ class DiagonalWindow {
     }
   }
 
-  // S(p, key f), f in column u of the keys.
-  __device__ T score(int64_t u) const {
+  // The part of S(p, key f) that plain steps contribute, f in column u of the keys.
+  __device__ T score(int64_t u, const PlainSteps& plain) const {
     T sum = 0;
 #pragma unroll
     for (int d = 0; d <= 2 * kHalf; ++d) {
+      if (!plain.has_right(d - kHalf)) continue;
       int64_t column = u + d - kHalf;  // of the fused neighbour, which may lie in the row before or after
       column += column < 0 ? tile_.key_width : column >= tile_.key_width ? -tile_.key_width : 0;
       T across[kSide];
@@ -105,6 +127,7 @@ class DiagonalWindow {
       }
 #pragma unroll
       for (int e = 0; e <= 2 * kHalf; ++e) {
+        if (!plain.has_down(e - kHalf)) continue;
         T patch = 0;
 #pragma unroll
         for (int dy = 0; dy < kPatch; ++dy) patch += across[e + dy];
@@ -182,11 +205,10 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
       T logit = -INFINITY;
       const int64_t row = tile.row(y, x);
       if (key.f >= 0 && key.f < tile.keys()) {
-        const bool inside = kWindowed && y >= kHalf && y + kHalf < tile.query_height && x >= kHalf &&
-                            x + kHalf < tile.query_width && key.v >= kHalf && key.v + kHalf < tile.key_height;
-        const GridPosition p{static_cast<int>(y), static_cast<int>(x)};
-        const T score =
-            inside ? window.score(key.u) : fused_score(tile, correlations, inverse_norm, p, GridPosition{key.v, key.u});
+        const GridPosition p{static_cast<int>(y), static_cast<int>(x)}, q{key.v, key.u};
+        const PlainSteps plain = kWindowed ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
+        T score = kWindowed ? window.score(key.u, plain) : T(0);
+        if (!kWindowed || !plain.are_all(kHalf)) score += wrapping_score(tile, correlations, inverse_norm, p, q, plain);
         const int64_t at = key.v * tile.key_cell_width + key.u;
         logit = score * factor[at] + offset[at];
         logits[row * tile.logit_columns() + at] = logit;
