@@ -128,9 +128,9 @@ class GpuAttentionCase:
 def planned_work(case: GpuAttentionCase) -> tuple[int, int]:
     """Operations of the matrix products, and bytes of the large matrices, of our kernels' tiles.
 
-    Each pass reads and writes its matrices once: correlations (written by a product, read), logits (written, read),
-    weights (written, read by a product). The backward computes these again in float32 and adds the gradients of
-    weights, probabilities (written, and passed over twice more), patch scores and correlations, and four products.
+    Each pass and each product reads and writes its matrices once; what it reads again is taken to come from the cache.
+    Products also read their other operand for every tile, and sums over tiles are read and written by each. Half
+    precision maps have weights, gradients of patch scores and gradients of correlations of half precision.
     """
     preset = PRESETS["nipponjo"]
     semantics = Semantics(**{name.name: getattr(preset, name.name) for name in fields(Semantics)})
@@ -140,25 +140,36 @@ def planned_work(case: GpuAttentionCase) -> tuple[int, int]:
         box = np.zeros((side, side), bool)
         box[y0:y1, x0:x1] = True
         selected = box.tobytes()
+    score, element = 4, 2 if case.precision == BFLOAT16 else 4
 
-    def work(purpose: str, element: int) -> tuple[int, int]:
-        plan = make_plan((side, side), (side, side), semantics, selected, purpose, 4)
-        columns, key_cells = RATE * RATE * CHANNELS, plan.key_cells[0] * plan.key_cells[1]
+    def work(purpose: str) -> tuple[int, int]:
+        plan = make_plan((side, side), (side, side), semantics, selected, purpose, score, element, case.batch)
+        keys, outputs = plan.keys, RATE * RATE * CHANNELS
+        key_map, value_cells = CHANNELS * keys.columns, outputs * keys.cell_count
         flops = moved = 0
         for tile in plan.tiles:
-            pixels, queries, cells = tile.pixels.number, tile.query_count, tile.cell_count
-            correlate, paste = 2 * pixels * case.keys * CHANNELS, 2 * cells * key_cells * columns
-            scores = 4 * case.keys
+            pixels, scores = tile.pixels.number * keys.columns, tile.scores.number * keys.columns
+            logits, weights = tile.query_count * keys.logit_columns, tile.cell_count * keys.cell_count
+            pixel_map, pasted = tile.pixels.number * CHANNELS, tile.cell_count * outputs
+            correlate, paste = 2 * tile.pixels.number * key_map, 2 * tile.cell_count * value_cells
+            moved += element * (pixel_map + key_map) + 2 * score * (pixels + logits)
             if purpose == "output":
                 flops += correlate + paste
-                moved += scores * (2 * pixels + 2 * queries) + 2 * element * cells * key_cells
+                moved += element * (2 * weights + value_cells + pasted) + 2 * score * pasted
             else:
                 flops += 3 * correlate + 2 * paste
-                moved += scores * (6 * pixels + 8 * queries + 2 * tile.scores.number) + 4 * 4 * cells * key_cells
+                moved += score * weights + element * (pasted + value_cells)  # gradients of weights
+                moved += score * weights + 2 * element * weights  # weights again, with the sums of A dA
+                moved += element * pasted + 2 * score * value_cells  # added to the value's gradient
+                moved += score * (weights + 2 * logits)  # softmax
+                moved += score * (logits + pixels) + element * scores  # fuse
+                moved += element * (scores + pixels)  # patches
+                moved += element * (pixels + pixel_map) + 2 * score * key_map  # added to the key's gradient
+                moved += element * (pixels + key_map) + 4 * score * pixel_map  # added to the query's gradient
         return case.batch * flops, case.batch * moved
 
-    forward = work("output", 2 if case.precision == BFLOAT16 else 4)
-    backward = work("gradients", 4) if case.direction != "forward" else (0, 0)
+    forward = work("output")
+    backward = work("gradients") if case.direction != "forward" else (0, 0)
     return forward[0] + backward[0], forward[1] + backward[1]
 
 

@@ -297,12 +297,8 @@ def floor(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
 
 def prediction(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
     """Seconds that our products and passes take one after the other if each runs at its ceiling."""
-    # The backward multiplies in float32, or tf32 where that is allowed, whatever the dtype of the maps.
-    precision = facts["precision"]
-    if facts["direction"] != "forward" and precision == "bfloat16":
-        precision = "float32"
     return (
-        facts["our_flops"] / ceilings["flops_per_second"][precision]
+        facts["our_flops"] / ceilings["flops_per_second"][facts["precision"]]
         + facts["our_bytes"] / ceilings["copy_bytes_per_second"]
     )
 

@@ -29,9 +29,8 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "factor, Tensor offset, Tensor(a!) logits, Tensor(b!) partial) -> ()");
   m.def("contextual_attention_statistics(Tensor partial, Tensor(a!) statistics) -> ()");
   m.def(
-      "contextual_attention_paste_weights(Tensor tile, Tensor inverse_norm, Tensor factor, Tensor offset, Tensor? "
-      "keep, "
-      "float floor, Tensor logits, Tensor statistics, Tensor(a!) weights) -> ()");
+      "contextual_attention_paste_weights(Tensor tile, Tensor? keep, float floor, Tensor logits, Tensor statistics, "
+      "Tensor? weight_gradients, Tensor(a!) weights, Tensor(b!)? dots) -> ()");
   m.def(
       "contextual_attention_paste(Tensor tile, Tensor phases, Tensor products, Tensor row_weight, Tensor "
       "column_weight, Tensor? wanted, Tensor(a!) output) -> ()");
@@ -39,11 +38,8 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "contextual_attention_matches(Tensor tile, Tensor? keep, float floor, Tensor logits, Tensor statistics, Tensor? "
       "wanted, Tensor(a!) index, Tensor(b!) maximum) -> ()");
   m.def(
-      "contextual_attention_paste_backward(Tensor tile, Tensor weight_gradients, bool accumulate, Tensor(a!) "
-      "gradients) -> ()");
-  m.def(
-      "contextual_attention_softmax_backward(Tensor tile, Tensor factor, Tensor? keep, float floor, Tensor logits, "
-      "Tensor statistics, Tensor(a!) gradients) -> ()");
+      "contextual_attention_softmax_backward(Tensor tile, Tensor weight_gradients, Tensor dots, Tensor factor, Tensor? "
+      "keep, float floor, Tensor statistics, Tensor(a!) logits) -> ()");
   m.def(
       "contextual_attention_fuse_backward(Tensor tile, Tensor gradients, Tensor correlations, Tensor row_of, Tensor "
       "inverse_norm, Tensor positions, Tensor(a!) score_gradients, Tensor(b!) norm_sums) -> ()");

@@ -8,12 +8,15 @@ complete: its ops run on the portable and Triton backends.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from inpaint_kernels._compile import constant_for_compile
 
 NAMESPACE = "inpaint_native"
 DispatchKey = Literal["CPU", "CUDA"]
@@ -30,7 +33,6 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "contextual_attention_paste_weights": ("CUDA",),
     "contextual_attention_paste": ("CUDA",),
     "contextual_attention_matches": ("CUDA",),
-    "contextual_attention_paste_backward": ("CUDA",),
     "contextual_attention_softmax_backward": ("CUDA",),
     "contextual_attention_fuse_backward": ("CUDA",),
     "contextual_attention_patch_backward": ("CUDA",),
@@ -162,6 +164,40 @@ def _cuda_reason() -> str | None:
             f"update the driver, or build from source with INPAINT_CUDA_HOME set to a CUDA {driver[0]} toolkit"
         )
     return None
+
+
+@constant_for_compile
+def gpu_reason(index: int, bfloat16: bool = False) -> str | None:
+    """Why GPU number `index` runs none of the library's kernels, or no products of bfloat16 maps; None if it does."""
+    return _gpu_reason(index, bfloat16)
+
+
+@functools.cache
+def _gpu_reason(index: int, bfloat16: bool) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    has, built = f"{capability[0]}.{capability[1]}", build_info().get("cuda_arch", [])
+    if not any(_runs(part, capability) for part in built):
+        return (
+            f"cuda:{index} has compute capability {has}, the kernels were built for {', '.join(built) or 'none'}; "
+            f"build from source with INPAINT_CUDA_ARCH={has.replace('.', '')}"
+        )
+    if bfloat16 and capability < (8, 0):
+        return f"cuda:{index} has compute capability {has}, bfloat16 needs 8.0"
+    return None
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs code for an architecture as INPAINT_CUDA_ARCH names it: "80", "90a", "100f", "90+PTX".
+
+    Machine code runs on GPUs of the same major version that are no older; PTX on every GPU that is no older, except
+    that "a" is for that very GPU and "f" for its family.
+    """
+    name, _, ptx = architecture.partition("+")
+    kind = name[-1] if name[-1] in "af" else ""
+    built = divmod(int(name.removesuffix(kind) if kind else name), 10)
+    if kind == "a":
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or (ptx == "PTX" and not kind))
 
 
 def _driver_cuda_version() -> tuple[int, int] | None:

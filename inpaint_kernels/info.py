@@ -96,9 +96,9 @@ def _devices() -> Table:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
-        table.add_row(
-            f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
-        )
+        words = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
+        missing = _native.gpu_reason(index) if _native.build_info().get("cuda") else None
+        table.add_row(f"cuda:{index}", words if missing is None else escape(f"{words}; cannot: {missing}"))
     if not torch.cuda.is_available():
         table.add_row("cuda", "no usable CUDA device" if torch.version.cuda else "this torch is built without CUDA")
     return table

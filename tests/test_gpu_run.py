@@ -212,6 +212,20 @@ def test_tiles_cost_little_more_than_the_least():
     assert forward["our_bytes"] > 6 * 4 * 62500**2  # three matrices of all scores, each written and read
 
 
+@pytest.mark.parametrize(("precision", "most"), [(FLOAT32, 2.7), (TF32, 3.1), (BFLOAT16, 3.0)])
+def test_the_backward_is_predicted_to_take_about_three_times_the_forward(precision, most):
+    forward, both = (
+        report.prediction(dict(GpuAttentionCase(500, 1, direction, precision).facts()), report.H200_DATASHEET)
+        for direction in ("forward", "forward+backward")
+    )
+    assert 1 < (both - forward) / forward < most
+
+
+def test_half_precision_moves_less():
+    both = [GpuAttentionCase(500, 1, "forward+backward", p).facts()["our_bytes"] for p in (FLOAT32, BFLOAT16)]
+    assert 1.2 < both[0] / both[1] < 2
+
+
 @pytest.mark.parametrize(
     ("direction", "precision"),
     [("forward", TF32), ("forward+backward", FLOAT32), ("forward+backward", BFLOAT16)],

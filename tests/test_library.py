@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ MAY_IMPORT = {
     "_backends": {"_compile", "_native"},
     "_checks": {"_compile"},
     "_compile": set(),
-    "_native": set(),
+    "_native": {"_compile"},
     "cli": {"comparison", "images", "info", "inpaint", "masks", "panels", PUBLIC},
     "comparison": {PUBLIC},
     "flow_color": {"_checks"},
@@ -302,6 +304,73 @@ def test_cuda_kernels_are_offered_only_where_the_driver_runs_them(monkeypatch, r
     monkeypatch.setattr(_native, "_driver_cuda_version", lambda: driver)
     got = _native._cuda_reason()
     assert got is None if reason is None else reason in (got or "")
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["75", "80", "90+PTX"], (7, 0), False),
+        (["75", "80", "90+PTX"], (7, 5), True),
+        (["75", "80", "90+PTX"], (8, 9), True),  # machine code of the same major version
+        (["75", "80", "90+PTX"], (12, 0), True),  # the PTX
+        (["75", "80"], (9, 0), False),
+        (["86"], (8, 0), False),
+        (["90a+PTX"], (9, 0), True),
+        (["90a+PTX"], (10, 0), False),
+        (["100f"], (10, 3), True),
+        (["100f+PTX"], (12, 0), False),
+        (["100"], (10, 0), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_a_gpu_needs_code_that_it_runs(monkeypatch, fresh_gpu_reasons, built, capability, runs):
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": True, "cuda_arch": built})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = _native.gpu_reason(1)
+    assert (reason is None) == runs
+    if reason is not None:
+        assert f"cuda:1 has compute capability {capability[0]}.{capability[1]}, the kernels were built for" in reason
+        assert f"INPAINT_CUDA_ARCH={capability[0]}{capability[1]}" in reason
+
+
+@pytest.fixture
+def fresh_gpu_reasons():
+    _native._gpu_reason.cache_clear()
+    yield
+    _native._gpu_reason.cache_clear()
+
+
+def test_a_gpu_that_is_too_old_is_a_reason_and_is_shown(monkeypatch, fresh_gpu_reasons):
+    from inpaint_kernels import info
+    from inpaint_kernels.ops import contextual_attention as op
+
+    asked: list[int] = []
+
+    def capability(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return (7, 0) if index == 0 else (7, 5)
+
+    record = {"cuda": True, "cuda_arch": ["75", "80", "90+PTX"]}
+    monkeypatch.setattr(_native, "build_info", lambda: record)
+    monkeypatch.setattr(_native, "why_not", lambda kernel, key: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(major=7, minor=0, name="An old GPU", total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+    def reasons(index: int, dtype: torch.dtype) -> list[str]:
+        query = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=dtype)
+        return op._cuda_reasons(cast(Any, SimpleNamespace(query=query)))
+
+    for _ in range(2):
+        (reason,) = reasons(0, torch.float32)
+        assert reason.startswith("cuda:0 has compute capability 7.0, the kernels were built for 75, 80, 90+PTX")
+    assert asked == [0]  # once
+    assert reasons(1, torch.float16) == []
+    assert reasons(1, torch.bfloat16) == ["cuda:1 has compute capability 7.5, bfloat16 needs 8.0"]
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(info._devices())
+    assert f"An old GPU, 16 GiB, capability 7.0; cannot: {reason}" in console.export_text()
 
 
 @pytest.fixture

@@ -34,7 +34,13 @@ Struct struct_of(const Tensor& fields, const char* name) {
   return result;
 }
 
-inline AttentionTile tile_of(const Tensor& fields) { return struct_of<AttentionTile>(fields, "tile"); }
+inline AttentionTile tile_of(const Tensor& fields) {
+  const auto tile = struct_of<AttentionTile>(fields, "tile");
+  STD_TORCH_CHECK(tile.key_cell_width % kQuad == 0 && tile.key_columns % kQuad == 0 &&
+                      tile.key_cell_width >= tile.key_width && tile.key_columns >= tile.keys(),
+                  "tile: expected lines of keys that are padded to a multiple of ", kQuad);
+  return tile;
+}
 
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
@@ -44,6 +50,14 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 inline void check_elements(const Tensor& tensor, const char* name, int64_t count) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, ": expected ", count,
                   " contiguous elements, got ", tensor.numel());
+}
+
+inline void check_logits(const AttentionTile& tile, const Tensor& logits) {
+  check_elements(logits, "logits", tile.samples * tile.queries() * tile.logit_columns());
+}
+
+inline void check_keep(const AttentionTile& tile, const std::optional<Tensor>& keep) {
+  if (keep) check_elements(*keep, "keep", tile.samples * tile.logit_columns());
 }
 
 }  // namespace

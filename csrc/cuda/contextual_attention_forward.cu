@@ -14,10 +14,7 @@
 namespace inpaint {
 namespace {
 
-constexpr int kScoreThreads = 128;
-// Queries that one thread walks along a row, its key one further with each: of the (patch + fuse)^2 correlations that a
-// score sums all but one column are those of the step before.
-constexpr int kWalk = 16;
+constexpr int kPasteThreads = 256;
 
 // ---- Rows of the correlations ------------------------------------------------------------------------------------
 
@@ -49,26 +46,48 @@ __global__ void contextual_attention_rows_kernel(PixelRuns pixels, int32_t* __re
 
 // ---- Scores ------------------------------------------------------------------------------------------------------
 
-// S(p, q) term by term: for any patch and fuse, and at the borders, where terms are missing or wrap around.
+// Steps of the fuse that stay in the query map and, downwards, in the key map.
+struct PlainSteps {
+  int first_e = 1, last_e = 0, first_d = 1, last_d = 0;
+
+  PlainSteps() = default;  // none
+  __device__ PlainSteps(const AttentionTile& tile, const GridPosition& p, const GridPosition& q, int half) {
+    first_e = max(-half, -min(p.y, q.y));
+    last_e = min(half, static_cast<int>(min(tile.query_height - p.y, tile.key_height - q.y)) - 1);
+    first_d = max(-half, -p.x);
+    last_d = min(half, static_cast<int>(tile.query_width) - 1 - p.x);
+  }
+  __device__ bool has_down(int e) const { return e >= first_e && e <= last_e; }
+  __device__ bool has_right(int d) const { return d >= first_d && d <= last_d; }
+  __device__ bool are_all(int half) const {
+    return has_down(-half) && has_down(half) && has_right(-half) && has_right(half);
+  }
+};
+
+// What S(p, q) sums beyond the plain steps, term by term: everything for a general patch and fuse, a third or less at
+// the borders, where steps wrap around.
 template <class T>
-__device__ T fused_score(const AttentionTile& tile, const Correlations<T>& correlations, const T* inverse_norm,
-                         int64_t p, int64_t q) {
+__device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
+                            const GridPosition& p, const GridPosition& q, const PlainSteps& plain) {
   T sum = 0;
-  for_each_fused_pair(tile, p, q, [&](int64_t p_term, int64_t q_term) {
-    sum += inverse_norm[q_term] * patch_score<T>(tile, p_term, q_term, correlations);
+  for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term, int e, int d) {
+    if (!plain.has_down(e) || !plain.has_right(d)) {
+      sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
+             patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
+    }
   });
   return sum;
 }
 
-// The correlations that S of a walk's present step sums, as a window that slides along the diagonal. Holds where no
-// term is missing on the query side and no key row is missing; key columns may wrap.
+// The correlations that S of a walk's present step sums, as a window that slides along the diagonal. It has those of
+// plain steps of the fuse; among them key columns may wrap, and patches may reach outside of the maps.
 template <class T, int kPatch, int kHalf>
 class DiagonalWindow {
  public:
   static constexpr int kBefore = (kPatch - 1) / 2, kAfter = kPatch - 1 - kBefore;
   static constexpr int kLow = kBefore + kHalf, kHigh = kAfter + kHalf, kSide = kLow + kHigh + 1;
 
-  __device__ DiagonalWindow(const AttentionTile& tile, const Correlations<T>& correlations, const T* inverse_norm)
+  __device__ DiagonalWindow(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm)
       : tile_(tile), correlations_(correlations), inverse_norm_(inverse_norm) {}
 
   // The column of terms `kHigh` to the right of (y, x) and key f enters, the leftmost one leaves.
@@ -88,11 +107,12 @@ class DiagonalWindow {
     }
   }
 
-  // S(p, key f), f in column u of the keys.
-  __device__ T score(int64_t u) const {
+  // The part of S(p, key f) that plain steps contribute, f in column u of the keys.
+  __device__ T score(int64_t u, const PlainSteps& plain) const {
     T sum = 0;
 #pragma unroll
     for (int d = 0; d <= 2 * kHalf; ++d) {
+      if (!plain.has_right(d - kHalf)) continue;
       int64_t column = u + d - kHalf;  // of the fused neighbour, which may lie in the row before or after
       column += column < 0 ? tile_.key_width : column >= tile_.key_width ? -tile_.key_width : 0;
       T across[kSide];
@@ -107,6 +127,7 @@ class DiagonalWindow {
       }
 #pragma unroll
       for (int e = 0; e <= 2 * kHalf; ++e) {
+        if (!plain.has_down(e - kHalf)) continue;
         T patch = 0;
 #pragma unroll
         for (int dy = 0; dy < kPatch; ++dy) patch += across[e + dy];
@@ -123,11 +144,19 @@ class DiagonalWindow {
   }
 
   const AttentionTile& tile_;
-  const Correlations<T>& correlations_;
+  const Pairs<T>& correlations_;
   const T* inverse_norm_;
   T window_[kSide][kSide] = {};
   T norm_[2 * kHalf + 1][2 * kHalf + 1] = {};
 };
+
+// The sum of a value over a warp, in every lane.
+template <class T>
+__device__ T warp_sum(T value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
 
 // Maximum and sum of exponentials of a warp's logits of one query, in every lane; a lane without one passes -inf.
 template <class T>
@@ -140,45 +169,49 @@ __device__ void warp_statistics(T logit, T* maximum, T* sum) {
   }
   T total = most == -INFINITY ? T(0) : exp(logit - most);
   if (logit != logit) total = logit;  // a NaN shall reach every probability of its query
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
   *maximum = most;
-  *sum = total;
+  *sum = warp_sum(total);
 }
 
-// logits [queries, keys]; partial [2][queries][partials]: one maximum and one sum of exponentials per query and warp.
-// Block (i, j): keys from i * kScoreThreads - (kWalk - 1) on, walk j. kPatch 0: any patch and fuse.
+// logits [samples, queries, logit columns]; partial [samples][2][queries][partials]: one maximum and one sum of
+// exponentials per query and warp. Block (i, j): keys from i * kWalkThreads - (kWalk - 1) on, walk j. kPatch 0: any
+// patch and fuse.
 template <class T, int kPatch, int kHalf>
-__global__ void __launch_bounds__(kScoreThreads, 1)
-    contextual_attention_scores_kernel(AttentionTile tile, Correlations<T> correlations,
-                                       const T* __restrict__ inverse_norm, const T* __restrict__ factor,
-                                       const T* __restrict__ offset, T* __restrict__ logits, T* __restrict__ partial,
-                                       int64_t partials) {
+__global__ void __launch_bounds__(kWalkThreads, 1)
+    contextual_attention_scores_kernel(AttentionTile tile, Pairs<T> correlations, const T* __restrict__ inverse_norm,
+                                       const T* __restrict__ factor, const T* __restrict__ offset,
+                                       T* __restrict__ logits, T* __restrict__ partial, int64_t partials) {
   constexpr bool kWindowed = kPatch > 0;
   using Window = DiagonalWindow<T, kWindowed ? kPatch : 1, kHalf>;
+  const int64_t sample = blockIdx.z;
+  correlations.values += sample * tile.pixels * tile.key_columns;
+  inverse_norm += sample * tile.keys();
+  factor += sample * tile.logit_columns();
+  offset += sample * tile.logit_columns();
+  logits += sample * tile.queries() * tile.logit_columns();
+  partial += sample * 2 * tile.queries() * partials;
   const int64_t walks = ceil_div(tile.width, kWalk);
-  const int64_t lane_key = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - (kWalk - 1);
-  const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+  const int64_t lane_key = global_thread() - (kWalk - 1);
+  const int64_t warp = global_thread() / kWarp;
   for (int64_t walk = blockIdx.y; walk < tile.height * walks; walk += gridDim.y) {
     const int64_t y = tile.top + walk / walks, x_begin = tile.left + walk % walks * kWalk;
     const int64_t x_end = min(x_begin + kWalk, tile.left + tile.width);
     Window window(tile, correlations, inverse_norm);
     if (kWindowed)
       for (int64_t lead = -(Window::kSide - 1); lead < 0; ++lead) window.slide(y, x_begin + lead, lane_key + lead);
-    for (int64_t x = x_begin; x < x_end; ++x) {
-      const int64_t f = lane_key + x - x_begin;
-      if (kWindowed) window.slide(y, x, f);
+    KeyCursor key(tile, lane_key);
+    for (int64_t x = x_begin; x < x_end; ++x, key.advance(tile)) {
+      if (kWindowed) window.slide(y, x, key.f);
       T logit = -INFINITY;
       const int64_t row = tile.row(y, x);
-      if (f >= 0 && f < tile.keys()) {
-        const int64_t v = f / tile.key_width, u = f - v * tile.key_width;
-        const bool inside = kWindowed && y >= Window::kLow && y + Window::kHigh < tile.query_height &&
-                            x >= Window::kLow && x + Window::kHigh < tile.query_width && v >= Window::kLow &&
-                            v + Window::kHigh < tile.key_height;
-        const T score =
-            inside ? window.score(u) : fused_score(tile, correlations, inverse_norm, y * tile.query_width + x, f);
-        logit = score * factor[f] + offset[f];
-        logits[row * tile.keys() + f] = logit;
+      if (key.f >= 0 && key.f < tile.keys()) {
+        const GridPosition p{static_cast<int>(y), static_cast<int>(x)}, q{key.v, key.u};
+        const PlainSteps plain = kWindowed ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
+        T score = kWindowed ? window.score(key.u, plain) : T(0);
+        if (!kWindowed || !plain.are_all(kHalf)) score += wrapping_score(tile, correlations, inverse_norm, p, q, plain);
+        const int64_t at = key.v * tile.key_cell_width + key.u;
+        logit = score * factor[at] + offset[at];
+        logits[row * tile.logit_columns() + at] = logit;
       }
       T maximum, sum;
       warp_statistics(logit, &maximum, &sum);
@@ -190,58 +223,102 @@ __global__ void __launch_bounds__(kScoreThreads, 1)
   }
 }
 
-// One warp per query: statistics[query] = maximum, statistics[queries + query] = 1 / sum of exponentials, or 0.
+// partial [samples, 2, queries, partials], a multiple of four of them -> statistics [samples, 2, queries]: maximum, and
+// 1 / sum of exponentials or 0. One warp per query.
 template <class T>
 __global__ void contextual_attention_statistics_kernel(const T* __restrict__ partial, T* __restrict__ statistics,
-                                                       int64_t queries, int64_t partials) {
+                                                       int64_t samples, int64_t queries, int64_t partials) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
-  for (int64_t i = global_thread() / kWarp; i < queries; i += warps) {
-    const T* maxima = partial + i * partials;
-    const T* sums = partial + (queries + i) * partials;
+  for (int64_t i = global_thread() / kWarp; i < samples * queries; i += warps) {
+    const int64_t row = i / queries * 2 * queries + i % queries;
+    const T* maxima = partial + row * partials;
+    const T* sums = partial + (queries + row) * partials;
     T most = -INFINITY;
-    for (int64_t j = lane; j < partials; j += kWarp) most = maxima[j] > most ? maxima[j] : most;
+    for (int64_t j = kQuad * lane; j < partials; j += kQuad * kWarp) {
+      const Quad<T> four = load_quad(maxima + j);
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) most = four.at[k] > most ? four.at[k] : most;
+    }
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
       const T other = __shfl_xor_sync(0xffffffffu, most, step);
       most = other > most ? other : most;
     }
     T total = 0;
-    for (int64_t j = lane; j < partials; j += kWarp)
-      total += maxima[j] == -INFINITY ? sums[j] : sums[j] * exp(maxima[j] - most);
+    for (int64_t j = kQuad * lane; j < partials; j += kQuad * kWarp) {
+      const Quad<T> maximum = load_quad(maxima + j), sum = load_quad(sums + j);
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+      for (int k = 0; k < kQuad; ++k)
+        total += maximum.at[k] == -INFINITY ? sum.at[k] : sum.at[k] * exp(maximum.at[k] - most);
+    }
+    total = warp_sum(total);
     if (lane == 0) {
-      statistics[i] = most == -INFINITY ? T(0) : most;
-      statistics[queries + i] = total == T(0) ? T(0) : T(1) / total;
+      statistics[row] = most == -INFINITY ? T(0) : most;
+      statistics[queries + row] = total == T(0) ? T(0) : T(1) / total;
     }
   }
 }
 
 // ---- Paste -------------------------------------------------------------------------------------------------------
 
-// weights [cells, key cells] of type W: B(u, w) = sum of A(u - e, w - e) over e in [0, reach_y) x [0, reach_x).
-template <class T, class W>
-__global__ void contextual_attention_paste_weights_kernel(AttentionTile tile, Masking<T> masking,
-                                                          const T* __restrict__ logits,
-                                                          const T* __restrict__ statistics, W* __restrict__ weights) {
+// weights [samples, cells, key cells] of type W: B(c, w) = sum of A(c - e, w - e) over e in [0, reach_y) x [0,
+// reach_x). A thread takes four neighbouring w. Terms with e_x = 0 are one access of 16 bytes, the others two and a
+// shift.
+//
+// kDots, for the backward: also sums of A dA over keys, by query and steps of the paste. dA(p, q) is a sum of weight
+// gradients dB(p + e, q + e); a thread that holds dB(c, w) has the probabilities of all pairs that share it. dots
+// [samples, cells, reach_y * reach_x, warps]: of query c - e, by one warp of keys.
+template <class T, class W, bool kDots>
+__global__ void __launch_bounds__(kPasteThreads, 1)
+    contextual_attention_paste_weights_kernel(AttentionTile tile, Masking<T> masking, const T* __restrict__ logits,
+                                              const T* __restrict__ statistics, const T* __restrict__ weight_gradients,
+                                              W* __restrict__ weights, T* __restrict__ dots) {
+  const int64_t sample = blockIdx.z;
+  masking = masking.of_sample(tile, sample);
+  logits += sample * tile.queries() * tile.logit_columns();
+  statistics += sample * 2 * tile.queries();
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warp = global_thread() / kWarp, warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
+  const int64_t w = kQuad * global_thread(), w_y = w / tile.key_cell_width, w_x = w - w_y * tile.key_cell_width;
+  const bool exists = w < tile.key_cells();
   for (int64_t cell = blockIdx.y; cell < tile.cells(); cell += gridDim.y) {
     const int64_t y = tile.cell_top + cell / tile.cell_width, x = tile.cell_left + cell % tile.cell_width;
-    for (int64_t w = global_thread(); w < tile.key_cells(); w += grid_stride()) {
-      const int64_t w_y = w / tile.key_cell_width, w_x = w - w_y * tile.key_cell_width;
-      T sum = 0;
-      for (int64_t ey = 0; ey < tile.reach_y; ++ey) {
-        const int64_t v = w_y - ey;
-        if (v < 0 || v >= tile.key_height) continue;
-        for (int64_t ex = 0; ex < tile.reach_x; ++ex) {
-          const int64_t u = w_x - ex, row = tile.row(y - ey, x - ex);
-          if (u < 0 || u >= tile.key_width || row < 0) continue;
-          const int64_t q = v * tile.key_width + u;
-          sum +=
-              probability(logits[row * tile.keys() + q], statistics[row], statistics[tile.queries() + row], masking, q);
+    const int64_t at = sample * tile.cells() + cell;
+    Quad<T> sum{}, gradient{};
+    if (kDots && exists) gradient = load_quad(weight_gradients + at * tile.key_cells() + w);
+    for (int64_t ey = 0; ey < tile.reach_y; ++ey) {
+      const int64_t v = w_y - ey;
+      for (int64_t ex = 0; ex < tile.reach_x; ++ex) {
+        const int64_t row = tile.row(y - ey, x - ex);
+        T dot = 0;
+        if (exists && v >= 0 && v < tile.key_height && row >= 0) {
+          const T* line = logits + row * tile.logit_columns() + v * tile.key_cell_width;
+          const T maximum = statistics[row], inverse_sum = statistics[tile.queries() + row];
+          const Quad<T> logit = quad_from(line, w_x - ex, tile.key_cell_width);
+          Quad<T> keep{T(1), T(1), T(1), T(1)};
+          if (masking.keep != nullptr)
+            keep = quad_from(masking.keep + v * tile.key_cell_width, w_x - ex, tile.key_cell_width);
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+            const int64_t u = w_x - ex + k;
+            if (u < 0 || u >= tile.key_width) continue;
+            const T p = softmax(logit.at[k], maximum, inverse_sum) * keep.at[k];
+            sum.at[k] += at_least(p, masking.floor);
+            if (kDots && !(p < masking.floor)) dot += p * gradient.at[k];
+          }
+        }
+        if (kDots) {
+          dot = warp_sum(dot);
+          if (lane == 0) dots[((at * tile.reach_y + ey) * tile.reach_x + ex) * warps + warp] = dot;
         }
       }
-      weights[cell * tile.key_cells() + w] = static_cast<W>(sum);
+    }
+    if (exists) {
+      Quad<W> rounded;
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) rounded.at[k] = static_cast<W>(sum.at[k]);
+      store_quad(weights + at * tile.key_cells() + w, rounded);
     }
   }
 }
@@ -254,8 +331,9 @@ struct CellPhases {
   INPAINT_HOST_DEVICE int64_t count_x() const { return last_x - first_x; }
 };
 
-// output [channels, rate * hq, rate * wq] = products [cells, channels * phases] * weight, for the pixels of the tile's
-// cells; row_weight and column_weight [pixels of an axis], wanted [hq, wq] or null.
+// output [samples, channels, rate * hq, rate * wq] = products [samples, cells, channels * phases] * weight, for the
+// pixels of the tile's cells; row_weight and column_weight [pixels of an axis], wanted [hq, wq] or null. Neighbouring
+// threads write neighbouring pixels of a row; four of them need not begin at a multiple of four.
 template <class T, class V>
 __global__ void contextual_attention_paste_kernel(AttentionTile tile, CellPhases phases, int64_t channels,
                                                   const T* __restrict__ products, const T* __restrict__ row_weight,
@@ -264,6 +342,8 @@ __global__ void contextual_attention_paste_kernel(AttentionTile tile, CellPhases
   const int64_t height = phases.rate * tile.query_height, width = phases.rate * tile.query_width;
   const int64_t rows = tile.cell_height * phases.count_y(), columns = tile.cell_width * phases.count_x();
   const int64_t stride = channels * phases.count_y() * phases.count_x();
+  products += int64_t{blockIdx.z} * tile.cells() * stride;
+  output += int64_t{blockIdx.z} * channels * height * width;
   for (int64_t i = global_thread(); i < channels * rows * columns; i += grid_stride()) {
     const int64_t c = i / (rows * columns), row = i / columns % rows, column = i % columns;
     const int64_t phase_y = row % phases.count_y(), phase_x = column % phases.count_x();
@@ -280,23 +360,36 @@ __global__ void contextual_attention_paste_kernel(AttentionTile tile, CellPhases
 
 // ---- Matches -----------------------------------------------------------------------------------------------------
 
-// index, maximum [hq * wq]: the most probable key of every wanted query of the tile and its probability; the first of
-// equal ones. One warp per query.
+// index, maximum [samples, hq * wq]: the most probable key of every wanted query of the tile and its probability; the
+// first of equal ones. One warp per query, four keys a lane.
 template <class T>
 __global__ void contextual_attention_matches_kernel(AttentionTile tile, Masking<T> masking,
                                                     const T* __restrict__ logits, const T* __restrict__ statistics,
                                                     const bool* __restrict__ wanted, int64_t* __restrict__ index,
                                                     T* __restrict__ maximum) {
+  const int64_t sample = blockIdx.z;
+  masking = masking.of_sample(tile, sample);
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
   for (int64_t i = global_thread() / kWarp; i < tile.queries(); i += warps) {
     const int64_t p = (tile.top + i / tile.width) * tile.query_width + tile.left + i % tile.width;
+    const int64_t row = sample * 2 * tile.queries() + i;
+    const T most = statistics[row], inverse_sum = statistics[tile.queries() + row];
+    const T* own = logits + (sample * tile.queries() + i) * tile.logit_columns();
     T best = 0;
     int64_t at = 0;
-    for (int64_t q = lane; q < tile.keys(); q += kWarp) {
-      const T here =
-          probability(logits[i * tile.keys() + q], statistics[i], statistics[tile.queries() + i], masking, q);
-      if (here > best) best = here, at = q;
+    for (int64_t j = kQuad * lane; j < tile.logit_columns(); j += kQuad * kWarp) {
+      const int v = static_cast<int>(j) / static_cast<int>(tile.key_cell_width);
+      const int64_t u = j - v * tile.key_cell_width;
+      const Quad<T> logit = load_quad(own + j);
+      Quad<T> keep{T(1), T(1), T(1), T(1)};
+      if (masking.keep != nullptr) keep = load_quad(masking.keep + j);
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (u + k >= tile.key_width) continue;
+        const T here = at_least(softmax(logit.at[k], most, inverse_sum) * keep.at[k], masking.floor);
+        if (here > best) best = here, at = v * tile.key_width + u + k;
+      }
     }
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -305,8 +398,9 @@ __global__ void contextual_attention_matches_kernel(AttentionTile tile, Masking<
       if (other > best || (other == best && other_at < at)) best = other, at = other_at;
     }
     if (lane == 0 && (wanted == nullptr || wanted[p])) {
-      index[p] = at;
-      maximum[p] = best;
+      const int64_t place = sample * tile.query_height * tile.query_width + p;
+      index[place] = at;
+      maximum[place] = best;
     }
   }
 }
@@ -314,8 +408,13 @@ __global__ void contextual_attention_matches_kernel(AttentionTile tile, Masking<
 // ---- Launchers ---------------------------------------------------------------------------------------------------
 
 inline int64_t score_partials(const AttentionTile& tile) {
-  return ceil_div(tile.keys() + kWalk - 1, kScoreThreads) * (kScoreThreads / kWarp);
+  return ceil_div(tile.keys() + kWalk - 1, kWalkThreads) * (kWalkThreads / kWarp);
 }
+
+inline int64_t paste_blocks(const AttentionTile& tile) { return ceil_div(tile.key_cells(), kQuad * kPasteThreads); }
+
+// Warps of keys that paste_weights sums over.
+inline int64_t dot_warps(const AttentionTile& tile) { return paste_blocks(tile) * (kPasteThreads / kWarp); }
 
 // runs: `count` pairs on the host, see PixelRuns.
 inline void launch_rows(const int32_t* runs, int64_t count, int64_t rows, int32_t* row_of, int32_t* position_of,
@@ -330,12 +429,11 @@ template <class T>
 void launch_scores(const AttentionTile& tile, const T* correlations, const int32_t* row_of, const T* inverse_norm,
                    const T* factor, const T* offset, T* logits, T* partial, cudaStream_t stream) {
   const int64_t partials = score_partials(tile);
-  const dim3 blocks(static_cast<unsigned>(partials / (kScoreThreads / kWarp)),
-                    grid_y(tile.height * ceil_div(tile.width, kWalk)));
+  const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp)),
+                    grid_y(tile.height * ceil_div(tile.width, kWalk)), grid_z(tile));
   const auto launch = [&](auto kernel) {
-    launch_kernel(kernel, blocks, dim3(kScoreThreads), 0, stream, tile,
-                  Correlations<T>{correlations, row_of, tile.keys()}, inverse_norm, factor, offset, logits, partial,
-                  partials);
+    launch_kernel(kernel, blocks, dim3(kWalkThreads), 0, stream, tile, Pairs<T>{correlations, row_of, tile.key_columns},
+                  inverse_norm, factor, offset, logits, partial, partials);
   };
   if (tile.patch == 3 && tile.half == 1)
     launch(contextual_attention_scores_kernel<T, 3, 1>);
@@ -347,34 +445,42 @@ void launch_scores(const AttentionTile& tile, const T* correlations, const int32
     launch(contextual_attention_scores_kernel<T, 0, 0>);
 }
 
-// partial [2, queries, partials] -> statistics [2, queries].
 template <class T>
-void launch_statistics(const T* partial, T* statistics, int64_t queries, int64_t partials, cudaStream_t stream) {
-  launch_kernel(contextual_attention_statistics_kernel<T>, dim3(blocks_for(queries * kWarp)), dim3(kThreadsPerBlock), 0,
-                stream, partial, statistics, queries, partials);
+void launch_statistics(const T* partial, T* statistics, int64_t samples, int64_t queries, int64_t partials,
+                       cudaStream_t stream) {
+  launch_kernel(contextual_attention_statistics_kernel<T>, dim3(blocks_for(samples * queries * kWarp)),
+                dim3(kThreadsPerBlock), 0, stream, partial, statistics, samples, queries, partials);
 }
 
-// keep: [keys] or null; floor: negative for none; likewise below.
+// keep: [samples, logit columns] or null; floor: negative for none; likewise below. weight_gradients and dots: null, or
+// both for the backward.
 template <class T, class W>
 void launch_paste_weights(const AttentionTile& tile, const T* keep, T floor, const T* logits, const T* statistics,
-                          W* weights, cudaStream_t stream) {
-  launch_kernel(contextual_attention_paste_weights_kernel<T, W>,
-                dim3(blocks_for(tile.key_cells()), grid_y(tile.cells())), dim3(kThreadsPerBlock), 0, stream, tile,
-                Masking<T>{keep, floor}, logits, statistics, weights);
+                          const T* weight_gradients, W* weights, T* dots, cudaStream_t stream) {
+  const auto launch = [&](auto kernel) {
+    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile)), grid_y(tile.cells()), grid_z(tile)),
+                  dim3(kPasteThreads), 0, stream, tile, Masking<T>{keep, floor}, logits, statistics, weight_gradients,
+                  weights, dots);
+  };
+  if (dots == nullptr)
+    launch(contextual_attention_paste_weights_kernel<T, W, false>);
+  else
+    launch(contextual_attention_paste_weights_kernel<T, W, true>);
 }
 
 template <class T, class V>
 void launch_paste(const AttentionTile& tile, const CellPhases& phases, int64_t channels, const T* products,
                   const T* row_weight, const T* column_weight, const bool* wanted, V* output, cudaStream_t stream) {
   const int64_t pixels = tile.cells() * phases.count_y() * phases.count_x();
-  launch_kernel(contextual_attention_paste_kernel<T, V>, dim3(blocks_for(channels * pixels)), dim3(kThreadsPerBlock), 0,
-                stream, tile, phases, channels, products, row_weight, column_weight, wanted, output);
+  launch_kernel(contextual_attention_paste_kernel<T, V>, dim3(blocks_for(channels * pixels), 1, grid_z(tile)),
+                dim3(kThreadsPerBlock), 0, stream, tile, phases, channels, products, row_weight, column_weight, wanted,
+                output);
 }
 
 template <class T>
 void launch_matches(const AttentionTile& tile, const T* keep, T floor, const T* logits, const T* statistics,
                     const bool* wanted, int64_t* index, T* maximum, cudaStream_t stream) {
-  launch_kernel(contextual_attention_matches_kernel<T>, dim3(blocks_for(tile.queries() * kWarp)),
+  launch_kernel(contextual_attention_matches_kernel<T>, dim3(blocks_for(tile.queries() * kWarp), 1, grid_z(tile)),
                 dim3(kThreadsPerBlock), 0, stream, tile, Masking<T>{keep, floor}, logits, statistics, wanted, index,
                 maximum);
 }
@@ -405,8 +511,12 @@ void contextual_attention_scores(const Tensor& tile_fields, const Tensor& correl
                                  const Tensor& inverse_norm, const Tensor& factor, const Tensor& offset, Tensor logits,
                                  Tensor partial) {
   const AttentionTile tile = tile_of(tile_fields);
-  check_elements(logits, "logits", tile.queries() * tile.keys());
-  check_elements(partial, "partial", 2 * tile.queries() * score_partials(tile));
+  check_elements(correlations, "correlations", tile.samples * tile.pixels * tile.key_columns);
+  check_elements(inverse_norm, "inverse_norm", tile.samples * tile.keys());
+  check_elements(factor, "factor", tile.samples * tile.logit_columns());
+  check_elements(offset, "offset", tile.samples * tile.logit_columns());
+  check_logits(tile, logits);
+  check_elements(partial, "partial", tile.samples * 2 * tile.queries() * score_partials(tile));
   check_elements(row_of, "row_of", tile.query_height * tile.query_width);
   const CudaLaunch launch(correlations);
   dispatch_float_double(correlations.scalar_type(), "correlations", [&](auto zero) {
@@ -418,27 +528,39 @@ void contextual_attention_scores(const Tensor& tile_fields, const Tensor& correl
 }
 
 void contextual_attention_statistics(const Tensor& partial, Tensor statistics) {
-  check_dense(partial, "partial", 3);
-  check_elements(statistics, "statistics", 2 * partial.size(1));
+  check_dense(partial, "partial", 4);
+  STD_TORCH_CHECK(partial.size(3) % kQuad == 0, "partial: expected a multiple of 4 columns, got ", partial.size(3));
+  check_elements(statistics, "statistics", partial.size(0) * 2 * partial.size(2));
   const CudaLaunch launch(partial);
   dispatch_float_double(partial.scalar_type(), "partial", [&](auto zero) {
     using T = decltype(zero);
-    launch_statistics<T>(partial.const_data_ptr<T>(), statistics.mutable_data_ptr<T>(), partial.size(1),
-                         partial.size(2), launch.stream);
+    launch_statistics<T>(partial.const_data_ptr<T>(), statistics.mutable_data_ptr<T>(), partial.size(0),
+                         partial.size(2), partial.size(3), launch.stream);
   });
 }
 
 void contextual_attention_paste_weights(const Tensor& tile_fields, const std::optional<Tensor>& keep, double floor,
-                                        const Tensor& logits, const Tensor& statistics, Tensor weights) {
+                                        const Tensor& logits, const Tensor& statistics,
+                                        const std::optional<Tensor>& weight_gradients, Tensor weights,
+                                        std::optional<Tensor> dots) {
   const AttentionTile tile = tile_of(tile_fields);
-  check_elements(logits, "logits", tile.queries() * tile.keys());
-  check_elements(weights, "weights", tile.cells() * tile.key_cells());
+  check_logits(tile, logits);
+  check_keep(tile, keep);
+  check_elements(statistics, "statistics", tile.samples * 2 * tile.queries());
+  check_elements(weights, "weights", tile.samples * tile.cells() * tile.key_cells());
+  STD_TORCH_CHECK(weight_gradients.has_value() == dots.has_value(), "weight_gradients and dots: expected both or none");
+  if (dots) {
+    check_elements(*weight_gradients, "weight_gradients", tile.samples * tile.cells() * tile.key_cells());
+    check_elements(*dots, "dots", tile.samples * tile.cells() * tile.reach_y * tile.reach_x * dot_warps(tile));
+  }
   const CudaLaunch launch(logits);
   dispatch_floating(weights.scalar_type(), "weights", [&](auto zero) {
     using W = decltype(zero);
     using T = ScoreType<W>;
     launch_paste_weights<T, W>(tile, data_or_null<T>(keep), static_cast<T>(floor), logits.const_data_ptr<T>(),
-                               statistics.const_data_ptr<T>(), static_cast<W*>(weights.data_ptr()), launch.stream);
+                               statistics.const_data_ptr<T>(), data_or_null<T>(weight_gradients),
+                               static_cast<W*>(weights.data_ptr()), dots ? dots->mutable_data_ptr<T>() : nullptr,
+                               launch.stream);
   });
 }
 
@@ -447,13 +569,15 @@ void contextual_attention_paste(const Tensor& tile_fields, const Tensor& phase_f
                                 const std::optional<Tensor>& wanted, Tensor output) {
   const AttentionTile tile = tile_of(tile_fields);
   const auto phases = struct_of<CellPhases>(phase_fields, "phases");
-  check_dense(output, "output", 3);
-  check_elements(products, "products", tile.cells() * output.size(0) * phases.count_y() * phases.count_x());
+  check_dense(output, "output", 4);
+  STD_TORCH_CHECK(output.size(0) == tile.samples, "output: expected ", tile.samples, " samples, got ", output.size(0));
+  check_elements(products, "products",
+                 tile.samples * tile.cells() * output.size(1) * phases.count_y() * phases.count_x());
   const CudaLaunch launch(products);
   dispatch_floating(output.scalar_type(), "output", [&](auto zero) {
     using V = decltype(zero);
     using T = ScoreType<V>;
-    launch_paste<T, V>(tile, phases, output.size(0), products.const_data_ptr<T>(), row_weight.const_data_ptr<T>(),
+    launch_paste<T, V>(tile, phases, output.size(1), products.const_data_ptr<T>(), row_weight.const_data_ptr<T>(),
                        column_weight.const_data_ptr<T>(), data_or_null<bool>(wanted),
                        static_cast<V*>(output.data_ptr()), launch.stream);
   });
@@ -463,7 +587,9 @@ void contextual_attention_matches(const Tensor& tile_fields, const std::optional
                                   const Tensor& logits, const Tensor& statistics, const std::optional<Tensor>& wanted,
                                   Tensor index, Tensor maximum) {
   const AttentionTile tile = tile_of(tile_fields);
-  check_elements(index, "index", tile.query_height * tile.query_width);
+  check_logits(tile, logits);
+  check_keep(tile, keep);
+  check_elements(index, "index", tile.samples * tile.query_height * tile.query_width);
   const CudaLaunch launch(logits);
   dispatch_float_double(logits.scalar_type(), "logits", [&](auto zero) {
     using T = decltype(zero);

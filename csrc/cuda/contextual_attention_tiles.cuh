@@ -1,8 +1,16 @@
 // What the forward and the backward CUDA kernels of contextual_attention share: the geometry of a tile of queries, and
 // the neighbours along which scores are summed.
 //
-// A tile is a rectangle of queries with all keys. Its pixel correlations G [pixels, keys] come from a matrix product;
+// A tile is a rectangle of queries with all keys, for several samples of a batch at once: a block's sample is
+// blockIdx.z. Its pixel correlations G [samples, pixels, key columns] come from a matrix product;
 // inpaint_kernels/cuda_kernels/contextual_attention.py cuts the tiles and calls the products.
+//
+// Memory. Logits, and weights of key cells, lie on one grid of keys, whose lines are padded to a multiple of kQuad:
+// four keys from a multiple of four on are one access of 16 bytes (8 of half precision), lie in one line, and what a
+// pasted patch adds to them lies `reach` keys further on, in the same line. So one thread takes four keys in the passes
+// between logits and weights, in both directions. Correlations and patch scores, whose diagonals run on past line ends,
+// have no such padding. Passes over them give neighbouring keys to neighbouring threads: along a diagonal every step is
+// one key further, so no two accesses of a thread have one alignment, and a warp reads 128 consecutive bytes anyway.
 #pragma once
 
 #include "../common.h"
@@ -10,6 +18,13 @@
 
 namespace inpaint {
 namespace {
+
+constexpr int kWarp = 32;
+constexpr int kQuad = 4;
+// Queries that one thread walks along a row, its key one further with each: all but one column of the terms of a
+// diagonal sum are those of the step before, and stay in registers.
+constexpr int kWalk = 16;
+constexpr int kWalkThreads = 128;
 
 // A tile as the host hands it over: int64 values in this order.
 struct AttentionTile {
@@ -19,11 +34,15 @@ struct AttentionTile {
   int64_t cell_top, cell_left, cell_height, cell_width;  // output cells of the tile
   int64_t reach_y, reach_x;  // steps that a pasted patch spans, for the pixels that are pasted
   int64_t key_cell_height, key_cell_width;
+  int64_t samples, pixels, positions;  // samples of the batch; rows of correlations and of patch scores
+  int64_t key_columns;                 // columns of these: the keys, padded
 
   INPAINT_HOST_DEVICE int64_t queries() const { return height * width; }
   INPAINT_HOST_DEVICE int64_t cells() const { return cell_height * cell_width; }
   INPAINT_HOST_DEVICE int64_t keys() const { return key_height * key_width; }
   INPAINT_HOST_DEVICE int64_t key_cells() const { return key_cell_height * key_cell_width; }
+  // Columns of logits, factors and offsets: key (v, u) is column v * key_cell_width + u.
+  INPAINT_HOST_DEVICE int64_t logit_columns() const { return key_height * key_cell_width; }
   INPAINT_HOST_DEVICE int before() const { return static_cast<int>((patch - 1) / 2); }
   INPAINT_HOST_DEVICE int after() const { return static_cast<int>(patch - 1) - before(); }
   // Row of query (y, x) in the tile's matrices; -1 if it is not in the tile.
@@ -33,87 +52,213 @@ struct AttentionTile {
   }
 };
 
-constexpr int kWarp = 32;
-
-// Blocks in y for a loop that strides by them.
+// Blocks in y or z, for loops that stride by them.
 inline unsigned grid_y(int64_t count) {
   constexpr int64_t kMostBlocks = 65535;
   return static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks);
 }
+// Blocks of a tile's samples: the host never asks for more of them than a grid holds.
+inline unsigned grid_z(const AttentionTile& tile) {
+  STD_TORCH_CHECK(tile.samples <= 65535, "a tile has at most 65535 samples, got ", tile.samples);
+  return static_cast<unsigned>(tile.samples);
+}
+
+// ---- Four keys ---------------------------------------------------------------------------------------------------
+
+template <class T>
+struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
+  T at[kQuad];
+};
+
+template <class T>
+__device__ __forceinline__ Quad<T> load_quad(const T* address) {
+  return *reinterpret_cast<const Quad<T>*>(address);
+}
+
+template <class T>
+__device__ __forceinline__ void store_quad(T* address, const Quad<T>& values) {
+  *reinterpret_cast<Quad<T>*>(address) = values;
+}
+
+// Elements [start, start + 4) of an aligned line of `width` elements, a multiple of 4; what lies outside is 0. `start`
+// is as far from a multiple of 4 in every thread of a grid, so the switch does not diverge.
+template <class T>
+__device__ __forceinline__ Quad<T> quad_from(const T* line, int64_t start, int64_t width) {
+  const int shift = static_cast<int>(start & (kQuad - 1));
+  const int64_t low_at = start - shift, high_at = low_at + kQuad;
+  Quad<T> low{}, high{};
+  if (low_at >= 0 && low_at < width) low = load_quad(line + low_at);
+  if (shift == 0) return low;
+  if (high_at >= 0 && high_at < width) high = load_quad(line + high_at);
+  switch (shift) {
+    case 1:
+      return {low.at[1], low.at[2], low.at[3], high.at[0]};
+    case 2:
+      return {low.at[2], low.at[3], high.at[0], high.at[1]};
+    default:
+      return {low.at[3], high.at[0], high.at[1], high.at[2]};
+  }
+}
+
+// ---- Probabilities -----------------------------------------------------------------------------------------------
 
 // What happens to probabilities after the softmax.
 template <class T>
 struct Masking {
-  const T* keep;  // [keys], 0 where a probability becomes 0; null: 1
+  const T* keep;  // [samples, logit columns], 0 where a probability becomes 0; null: 1
   T floor;        // smallest probability; negative: none
-};
 
-template <class T>
-__device__ __forceinline__ T probability(T logit, T maximum, T inverse_sum, const Masking<T>& masking, int64_t q) {
-  T p = inverse_sum == T(0) ? T(0) : exp(logit - maximum) * inverse_sum;
-  if (masking.keep != nullptr) p *= masking.keep[q];
-  return masking.floor >= T(0) && p < masking.floor ? masking.floor : p;
-}
-
-// A matrix of pairs of a query position, which may have no row, and a key.
-template <class T>
-struct Correlations {
-  const T* __restrict__ values;        // [pixels, keys]
-  const int32_t* __restrict__ row_of;  // [queries]
-  int64_t keys;
-
-  __device__ T operator()(int64_t p, int64_t q) const {
-    const int32_t row = row_of[p];
-    return row < 0 ? T(0) : values[row * keys + q];
+  INPAINT_HOST_DEVICE Masking of_sample(const AttentionTile& tile, int64_t sample) const {
+    return {keep == nullptr ? nullptr : keep + sample * tile.logit_columns(), floor};
   }
 };
 
-// S0(p, q) without its norm: the sum of correlations over the patches around p and q, zero outside the maps.
-// `value(p, q)` gives the correlation of two positions.
+template <class T>
+__device__ __forceinline__ T softmax(T logit, T maximum, T inverse_sum) {
+  return inverse_sum == T(0) ? T(0) : exp(logit - maximum) * inverse_sum;
+}
+
+template <class T>
+__device__ __forceinline__ T at_least(T p, T floor) {
+  return floor >= T(0) && p < floor ? floor : p;
+}
+
+// ---- Pairs of a query position and a key ---------------------------------------------------------------------------
+
+// A matrix of type V of pairs of a query position, which may have no row, and a key; sums are of type T.
+template <class T, class V = T>
+struct Pairs {
+  const V* __restrict__ values;        // [rows, columns]
+  const int32_t* __restrict__ row_of;  // [queries]
+  int64_t columns;
+
+  __device__ T operator()(int64_t p, int64_t q) const {
+    const int32_t row = row_of[p];
+    return row < 0 ? T(0) : static_cast<T>(values[row * columns + q]);
+  }
+};
+
+// A position of a grid by its coordinates, so that the fuse's steps (row_neighbour, column_neighbour) need no division:
+// 64 bits have none in hardware, and at the borders every score takes dozens of steps.
+struct GridPosition {
+  int y, x;
+
+  // `step` further in column-major order, on past the end of a column into the next one; false past the grid's ends.
+  INPAINT_HOST_DEVICE bool step_down(int step, int64_t height, int64_t width) {
+    for (y += step; y < 0; --x) y += static_cast<int>(height);
+    for (; y >= height; ++x) y -= static_cast<int>(height);
+    return x >= 0 && x < width;
+  }
+  // The same in row-major order.
+  INPAINT_HOST_DEVICE bool step_right(int step, int64_t height, int64_t width) {
+    for (x += step; x < 0; --y) x += static_cast<int>(width);
+    for (; x >= width; ++y) x -= static_cast<int>(width);
+    return y >= 0 && y < height;
+  }
+};
+
+// The sum of value(p', q') over the patches around p and q, offsets [first, last] per axis; zero outside the maps.
+// [-before, after] gives S0(p, q) without its norm, [-after, before] its adjoint.
 template <class T, class Value>
-__device__ T patch_score(const AttentionTile& tile, int64_t p, int64_t q, const Value& value) {
-  const int64_t y = p / tile.query_width, x = p % tile.query_width;
-  const int64_t v = q / tile.key_width, u = q % tile.key_width;
+__device__ T patch_score(const AttentionTile& tile, const GridPosition& p, const GridPosition& q, int first, int last,
+                         const Value& value) {
   T sum = 0;
-  for (int dy = -tile.before(); dy <= tile.after(); ++dy) {
-    if (y + dy < 0 || y + dy >= tile.query_height || v + dy < 0 || v + dy >= tile.key_height) continue;
-    for (int dx = -tile.before(); dx <= tile.after(); ++dx) {
-      if (x + dx < 0 || x + dx >= tile.query_width || u + dx < 0 || u + dx >= tile.key_width) continue;
-      sum += value(p + dy * tile.query_width + dx, q + dy * tile.key_width + dx);
+  for (int dy = first; dy <= last; ++dy) {
+    if (p.y + dy < 0 || p.y + dy >= tile.query_height || q.y + dy < 0 || q.y + dy >= tile.key_height) continue;
+    for (int dx = first; dx <= last; ++dx) {
+      if (p.x + dx < 0 || p.x + dx >= tile.query_width || q.x + dx < 0 || q.x + dx >= tile.key_width) continue;
+      sum += value((p.y + dy) * tile.query_width + p.x + dx, (q.y + dy) * tile.key_width + q.x + dx);
     }
   }
   return sum;
 }
 
-// Calls visit(p', q') for every pair whose patch score the fused score of (p, q) sums: a step along columns, then one
-// along rows, both running on past line ends.
+// The same for a thread that walks along a diagonal: a window in registers that slides with it.
+template <class T, class V, int kFirst, int kLast>
+class PatchWindow {
+ public:
+  static constexpr int kSide = kLast - kFirst + 1;
+
+  __device__ PatchWindow(const AttentionTile& tile, const Pairs<T, V>& pairs) : tile_(tile), pairs_(pairs) {}
+
+  // The terms `kLast` to the right of query (y, x) and key f enter, the leftmost ones leave.
+  __device__ void slide(int64_t y, int64_t x, int64_t f) {
+#pragma unroll
+    for (int a = 0; a < kSide; ++a) {
+#pragma unroll
+      for (int b = 0; b + 1 < kSide; ++b) window_[a][b] = window_[a][b + 1];
+      const int64_t row = y + a + kFirst, column = x + kLast, q = f + kLast + (a + kFirst) * tile_.key_width;
+      const bool inside = row >= 0 && row < tile_.query_height && column >= 0 && column < tile_.query_width && q >= 0 &&
+                          q < tile_.keys();
+      window_[a][kSide - 1] = inside ? pairs_(row * tile_.query_width + column, q) : T(0);
+    }
+  }
+
+  // For a key in column u of the key grid: of terms in other lines, the window holds those of the next line.
+  __device__ T sum(int64_t u) const {
+    T sum = 0;
+#pragma unroll
+    for (int b = 0; b < kSide; ++b) {
+      if (u + b + kFirst < 0 || u + b + kFirst >= tile_.key_width) continue;
+#pragma unroll
+      for (int a = 0; a < kSide; ++a) sum += window_[a][b];
+    }
+    return sum;
+  }
+
+ private:
+  const AttentionTile& tile_;
+  const Pairs<T, V>& pairs_;
+  T window_[kSide][kSide] = {};
+};
+
+// Key f = v * key_width + u of a thread that walks; f may be negative or past the last key.
+struct KeyCursor {
+  int64_t f;
+  int v, u;
+
+  __device__ KeyCursor(const AttentionTile& tile, int64_t key) : f(key) {
+    const int width = static_cast<int>(tile.key_width), at = static_cast<int>(key);
+    v = at >= 0 ? at / width : -((width - 1 - at) / width);
+    u = at - v * width;
+  }
+  __device__ void advance(const AttentionTile& tile) {
+    ++f;
+    if (++u == tile.key_width) u = 0, ++v;
+  }
+};
+
+// Calls visit(p', q', e, d) for every pair whose patch score the fused score of (p, q) sums: `e` steps along columns,
+// then `d` along rows, both running on past line ends.
 template <class Visit>
-__device__ void for_each_fused_pair(const AttentionTile& tile, int64_t p, int64_t q, const Visit& visit) {
+__device__ void for_each_fused_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
+                                    const Visit& visit) {
   const int half = static_cast<int>(tile.half);
   for (int e = -half; e <= half; ++e) {
-    const int64_t p_column = column_neighbour(p, e, tile.query_height, tile.query_width);
-    const int64_t q_column = column_neighbour(q, e, tile.key_height, tile.key_width);
-    if (p_column < 0 || q_column < 0) continue;
+    GridPosition p_column = p, q_column = q;
+    const bool exists = p_column.step_down(e, tile.query_height, tile.query_width);
+    if (!q_column.step_down(e, tile.key_height, tile.key_width) || !exists) continue;
     for (int d = -half; d <= half; ++d) {
-      const int64_t p_row = row_neighbour(p_column, d, tile.query_height * tile.query_width);
-      const int64_t q_row = row_neighbour(q_column, d, tile.keys());
-      if (p_row >= 0 && q_row >= 0) visit(p_row, q_row);
+      GridPosition p_row = p_column, q_row = q_column;
+      const bool row_exists = p_row.step_right(d, tile.query_height, tile.query_width);
+      if (q_row.step_right(d, tile.key_height, tile.key_width) && row_exists) visit(p_row, q_row, e, d);
     }
   }
 }
 
 // The adjoint: calls visit(p', q') for every pair whose fused score sums the patch score of (p, q).
 template <class Visit>
-__device__ void for_each_fusing_pair(const AttentionTile& tile, int64_t p, int64_t q, const Visit& visit) {
+__device__ void for_each_fusing_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
+                                     const Visit& visit) {
   const int half = static_cast<int>(tile.half);
   for (int d = -half; d <= half; ++d) {
-    const int64_t p_row = row_neighbour(p, d, tile.query_height * tile.query_width);
-    const int64_t q_row = row_neighbour(q, d, tile.keys());
-    if (p_row < 0 || q_row < 0) continue;
+    GridPosition p_row = p, q_row = q;
+    const bool exists = p_row.step_right(d, tile.query_height, tile.query_width);
+    if (!q_row.step_right(d, tile.key_height, tile.key_width) || !exists) continue;
     for (int e = -half; e <= half; ++e) {
-      const int64_t p_column = column_neighbour(p_row, e, tile.query_height, tile.query_width);
-      const int64_t q_column = column_neighbour(q_row, e, tile.key_height, tile.key_width);
-      if (p_column >= 0 && q_column >= 0) visit(p_column, q_column);
+      GridPosition p_column = p_row, q_column = q_row;
+      const bool column_exists = p_column.step_down(e, tile.query_height, tile.query_width);
+      if (q_column.step_down(e, tile.key_height, tile.key_width) && column_exists) visit(p_column, q_column);
     }
   }
 }

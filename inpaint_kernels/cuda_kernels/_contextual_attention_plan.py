@@ -14,7 +14,10 @@ from torch import Tensor
 from inpaint_kernels.portable._contextual_attention_tiles import Semantics
 
 WORKSPACE_BYTES = 640 << 20
-"""Aim for a tile's two matrices, correlations and logits; a tile has at least one cell, whatever that costs."""
+"""Aim for the matrices of a tile's samples; a tile has at least one cell and one sample, whatever that costs."""
+
+MOST_SAMPLES = 65535
+"""Samples that a tile holds at most: a GPU's grid has no more blocks in z."""
 
 LARGEST_SIDE = 64
 """Cells along a side of a tile: beyond this the halo is cheap, and a tile's pixels must fit into MAX_RUNS runs."""
@@ -79,12 +82,37 @@ class Tile(NamedTuple):
         return self.cells[2] * self.cells[3]
 
 
+class Keys(NamedTuple):
+    """How keys lie in the matrices.
+
+    Attributes:
+        cells: rows and columns of the grid of key cells. Columns are padded, so that four keys (eight of half
+            precision) from a multiple of four on are one access, and rows of operands of a product are aligned.
+        logit_columns: columns of logits; they lie on the first rows of that grid.
+        columns: columns of correlations, the keys and their padding.
+    """
+
+    cells: Grid
+    logit_columns: int
+    columns: int
+
+    @property
+    def cell_count(self) -> int:
+        """Cells of the padded grid."""
+        return self.cells[0] * self.cells[1]
+
+
 class Plan(NamedTuple):
-    """The tiles of a call and the sizes of the matrices that all of them share."""
+    """The tiles of a call and the sizes of the matrices that all of them share.
+
+    Attributes:
+        samples: how many samples of a batch a tile takes at once.
+    """
 
     tiles: tuple[Tile, ...]
     phases: tuple[Phases, ...]
-    key_cells: Grid
+    keys: Keys
+    samples: int
     most_pixels: int
     most_scores: int
     most_cells: int
@@ -93,7 +121,14 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def make_plan(
-    queries: Grid, keys: Grid, semantics: Semantics, wanted: bytes | None, purpose: str, value_size: int
+    queries: Grid,
+    keys: Grid,
+    semantics: Semantics,
+    wanted: bytes | None,
+    purpose: str,
+    score_size: int,
+    map_size: int,
+    batch: int = 1,
 ) -> Plan:
     """Cut a call into tiles.
 
@@ -106,15 +141,22 @@ def make_plan(
         semantics: of the call.
         wanted: the selected queries, a bool [hq, wq], as bytes; None for all.
         purpose: "output", "offsets" (cover every selected query, whatever its cells need) or "gradients".
-        value_size: bytes of one score.
+        score_size: bytes of one score.
+        map_size: bytes of one value of the maps, and of the products' operands.
+        batch: samples of the call.
     """
     more = semantics.reach - 1
     selected = np.ones(queries, bool) if wanted is None else np.frombuffer(wanted, bool).reshape(queries)
     needed = _wanted_cells(selected, semantics, offsets=purpose == "offsets")
     if purpose == "gradients":
         needed = _covering_queries(needed, more)
+    phases = tuple(_phases(semantics))
+    layout = _layout(keys, more, map_size)
+    side = LARGEST_SIDE
+    while side > 1 and _bytes_of(side, layout, semantics, purpose, score_size, map_size) > WORKSPACE_BYTES:
+        side -= 1
     tiles = []
-    for top, left, bottom, right in _squares(needed, _side(keys, semantics, purpose, value_size)):
+    for top, left, bottom, right in _squares(needed, side):
         box = _bounding_box(needed[top:bottom, left:right])
         if box is None:
             continue
@@ -125,15 +167,50 @@ def make_plan(
             first, last = (max(0, y0 - more), max(0, x0 - more)), (min(queries[0], y1), min(queries[1], x1))
             rectangle, cells = (*first, last[0] - first[0], last[1] - first[1]), (y0, x0, y1 - y0, x1 - x0)
         tiles.append(Tile(rectangle, cells, *_positions(queries, rectangle, semantics)))
-    return Plan(
-        tuple(tiles),
-        tuple(_phases(semantics)),
-        (keys[0] + more, keys[1] + more),
-        max((tile.pixels.number for tile in tiles), default=0),
-        max((tile.scores.number for tile in tiles), default=0),
-        max((tile.cell_count for tile in tiles), default=0),
-        max((tile.query_count for tile in tiles), default=0),
+    most_pixels, most_scores, most_cells, most_queries = (
+        max((number(tile) for tile in tiles), default=0)
+        for number in (
+            lambda tile: tile.pixels.number,
+            lambda tile: tile.scores.number,
+            lambda tile: tile.cell_count,
+            lambda tile: tile.query_count,
+        )
     )
+    most = (most_pixels, most_scores, most_cells, most_queries)
+    bytes_of_sample = sum(matrix_bytes(most, layout, len(phases), purpose, score_size, map_size))
+    samples = max(1, min(batch, MOST_SAMPLES, WORKSPACE_BYTES // max(1, bytes_of_sample)))
+    return Plan(tuple(tiles), phases, layout, samples, *most)
+
+
+def _layout(keys: Grid, more: int, map_size: int) -> Keys:
+    multiple = max(4, 16 // map_size)
+    width = -(-(keys[1] + more) // multiple) * multiple
+    return Keys((keys[0] + more, width), keys[0] * width, -(-keys[0] * keys[1] // multiple) * multiple)
+
+
+def matrix_bytes(
+    most: tuple[int, int, int, int], keys: Keys, phases: int, purpose: str, score_size: int, map_size: int
+) -> tuple[int, int, int, int]:
+    """Bytes of one sample's large matrices: what shares memory is never needed at the same time.
+
+    Forward: correlations or weights; logits. Backward: correlations, which their gradients replace; logits, which the
+    gradients of fused scores replace; gradients of weights (of all phases) or of patch scores; weights.
+
+    Args:
+        most: rows of the matrices: pixels, positions of patch scores, cells and queries of a tile.
+        keys: columns of the matrices.
+        phases: groups of phases.
+        purpose: as in :func:`make_plan`.
+        score_size: likewise.
+        map_size: likewise.
+    """
+    pixels, scores, cells, queries = most
+    correlations, logits = score_size * pixels * keys.columns, score_size * queries * keys.logit_columns
+    weights = map_size * cells * keys.cell_count
+    if purpose != "gradients":
+        return max(correlations, weights), logits, 0, 0
+    weight_gradients = score_size * phases * cells * keys.cell_count
+    return correlations, logits, max(weight_gradients, map_size * scores * keys.columns), weights
 
 
 def _phases(semantics: Semantics) -> Iterator[Phases]:
@@ -173,20 +250,12 @@ def _covering_queries(cells: np.ndarray[Any, Any], more: int) -> np.ndarray[Any,
     return np.logical_or.reduce(shifted)
 
 
-def _side(keys: Grid, semantics: Semantics, purpose: str, value_size: int) -> int:
-    """Side of the tiles in cells or queries, so that the matrices of one stay within the workspace."""
-    halo, more = semantics.patch - 1 + 2 * semantics.half, semantics.reach - 1
-    row_bytes = value_size * keys[0] * keys[1]
-
-    def rows(side: int) -> int:
-        if purpose == "gradients":  # correlations, patch scores, weights, logits and gradients
-            return (side + halo) ** 2 + (side + 2 * semantics.half) ** 2 + (side + more) ** 2 + 2 * side**2
-        return (side + more + halo) ** 2 + (side + more) ** 2
-
-    side = LARGEST_SIDE
-    while side > 1 and row_bytes * rows(side) > WORKSPACE_BYTES:
-        side -= 1
-    return side
+def _bytes_of(side: int, keys: Keys, semantics: Semantics, purpose: str, score_size: int, map_size: int) -> int:
+    """Bytes of the matrices of a tile of side x side cells or, for gradients, queries, in the middle of the grid."""
+    halo, fuse, more = semantics.patch - 1 + 2 * semantics.half, 2 * semantics.half, semantics.reach - 1
+    queries, cells = (side, side + more) if purpose == "gradients" else (side + more, side)
+    most = ((queries + halo) ** 2, (queries + fuse) ** 2, cells**2, queries**2)
+    return sum(matrix_bytes(most, keys, len(tuple(_phases(semantics))), purpose, score_size, map_size))
 
 
 def _squares(cells: np.ndarray[Any, Any], side: int) -> Iterator[tuple[int, int, int, int]]:

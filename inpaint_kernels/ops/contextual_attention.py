@@ -369,7 +369,10 @@ def _cpu_reasons(problem: _Problem) -> list[str]:
 def _cuda_reasons(problem: _Problem) -> list[str]:
     if not problem.query.is_cuda:
         return [f"the tensors are on {problem.query.device}, not on a CUDA device"]
+    is_bfloat16 = problem.query.dtype == torch.bfloat16
     missing = _native.why_not("contextual_attention_scores", "CUDA")
+    if missing is None:
+        missing = _native.gpu_reason(problem.query.device.index, is_bfloat16)
     return [] if missing is None else [missing]
 
 
@@ -449,9 +452,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
 def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
     dtype = _accumulation_dtype(query)
+    maps = _dense_maps_as_they_are if backend == "cuda" else _dense_maps
     dquery, dkey, dvalue = _BACKWARD[backend](
         grad.to(dtype).contiguous(),
-        *_dense_maps(dtype, query, key, value),
+        *maps(dtype, query, key, value),
         *_dense_per_position(dtype, *arguments[:4]),
         *arguments[4:],
     )

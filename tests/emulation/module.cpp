@@ -11,6 +11,16 @@ namespace {
 
 using emulation::Exposed;
 
+// Steps of the CUDA kernels' fuse, in the terms of column_neighbour and row_neighbour.
+int64_t column_neighbour_by_steps(int64_t p, int64_t step, int64_t height, int64_t width) {
+  inpaint::GridPosition at{static_cast<int>(p / width), static_cast<int>(p % width)};
+  return at.step_down(static_cast<int>(step), height, width) ? at.y * width + at.x : -1;
+}
+int64_t row_neighbour_by_steps(int64_t p, int64_t step, int64_t height, int64_t width) {
+  inpaint::GridPosition at{static_cast<int>(p / width), static_cast<int>(p % width)};
+  return at.step_right(static_cast<int>(step), height, width) ? at.y * width + at.x : -1;
+}
+
 void expose_contextual_attention(Exposed& exposed) {
   using namespace inpaint;
   exposed.add<&launch_key_norm<float>>("contextual_attention_key_norm_float32");
@@ -19,17 +29,11 @@ void expose_contextual_attention(Exposed& exposed) {
   exposed.add<&launch_scores<float>>("contextual_attention_scores_float32");
   exposed.add<&launch_statistics<float>>("contextual_attention_statistics_float32");
   exposed.add<&launch_matches<float>>("contextual_attention_matches_float32");
-  exposed.add<&launch_paste_backward<float>>("contextual_attention_paste_backward_float32");
   exposed.add<&launch_softmax_backward<float>>("contextual_attention_softmax_backward_float32");
-  exposed.add<&launch_fuse_backward<float>>("contextual_attention_fuse_backward_float32");
-  exposed.add<&launch_patch_backward<float>>("contextual_attention_patch_backward_float32");
   exposed.add<&launch_scores<double>>("contextual_attention_scores_float64");
   exposed.add<&launch_statistics<double>>("contextual_attention_statistics_float64");
   exposed.add<&launch_matches<double>>("contextual_attention_matches_float64");
-  exposed.add<&launch_paste_backward<double>>("contextual_attention_paste_backward_float64");
   exposed.add<&launch_softmax_backward<double>>("contextual_attention_softmax_backward_float64");
-  exposed.add<&launch_fuse_backward<double>>("contextual_attention_fuse_backward_float64");
-  exposed.add<&launch_patch_backward<double>>("contextual_attention_patch_backward_float64");
   exposed.add<&launch_paste_weights<float, float>>("contextual_attention_paste_weights_float32_float32");
   exposed.add<&launch_paste<float, float>>("contextual_attention_paste_float32_float32");
   exposed.add<&launch_paste_weights<float, __half>>("contextual_attention_paste_weights_float32_float16");
@@ -38,9 +42,19 @@ void expose_contextual_attention(Exposed& exposed) {
   exposed.add<&launch_paste<float, __nv_bfloat16>>("contextual_attention_paste_float32_bfloat16");
   exposed.add<&launch_paste_weights<double, double>>("contextual_attention_paste_weights_float64_float64");
   exposed.add<&launch_paste<double, double>>("contextual_attention_paste_float64_float64");
+  exposed.add<&launch_fuse_backward<float, float>>("contextual_attention_fuse_backward_float32_float32");
+  exposed.add<&launch_patch_backward<float, float>>("contextual_attention_patch_backward_float32_float32");
+  exposed.add<&launch_fuse_backward<float, __half>>("contextual_attention_fuse_backward_float32_float16");
+  exposed.add<&launch_patch_backward<float, __half>>("contextual_attention_patch_backward_float32_float16");
+  exposed.add<&launch_fuse_backward<float, __nv_bfloat16>>("contextual_attention_fuse_backward_float32_bfloat16");
+  exposed.add<&launch_patch_backward<float, __nv_bfloat16>>("contextual_attention_patch_backward_float32_bfloat16");
+  exposed.add<&launch_fuse_backward<double, double>>("contextual_attention_fuse_backward_float64_float64");
+  exposed.add<&launch_patch_backward<double, double>>("contextual_attention_patch_backward_float64_float64");
 
   exposed.add_elementwise<&row_neighbour>("row_neighbour");
   exposed.add_elementwise<&column_neighbour>("column_neighbour");
+  exposed.add_elementwise<&column_neighbour_by_steps>("column_neighbour_by_steps");
+  exposed.add_elementwise<&row_neighbour_by_steps>("row_neighbour_by_steps");
   exposed.add_elementwise<&window_start>("window_start");
   exposed.add_elementwise<&patch_norm<float>>("patch_norm_float32");
   exposed.add_elementwise<&patch_norm<double>>("patch_norm_float64");
