@@ -33,7 +33,7 @@ def _layer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _layer_with_mask(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     feature_map, weight = _layer(device)
-    return feature_map, torch.ones(1, 1, 16, 16, device=device), weight
+    return feature_map, torch.ones(1, 1, 16, 16, dtype=torch.bool, device=device), weight
 
 
 # The smallest sensible call of each op, to ask its backends about; nothing is run.

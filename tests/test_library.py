@@ -142,7 +142,7 @@ MAY_IMPORT = {
     "panels": {"images", PUBLIC},
     "portable": {"portable"},
     "reference": {"reference"},
-    "triton_kernels": {"triton_kernels"},
+    "triton_kernels": {"portable", "triton_kernels"},
 }
 
 # Module or folder -> the packages other than torch and Python's own that it may import; only the command line's modules

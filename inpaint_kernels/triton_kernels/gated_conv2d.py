@@ -1,0 +1,93 @@
+"""Gated convolution by Triton: the gate inside an implicit GEMM, or behind cuDNN's convolution, whichever is quicker.
+
+Triton itself is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from inpaint_kernels.portable._convolution import Activation, Geometry
+from inpaint_kernels.triton_kernels._availability import reasons
+from inpaint_kernels.triton_kernels._cudnn import bare_convolution
+from inpaint_kernels.triton_kernels._launch import Layout
+from inpaint_kernels.triton_kernels._launch_config import capability_of, in_gemm, layer_of
+
+__all__ = ["gated_conv2d", "gated_conv2d_gate_backward", "in_gemm", "reasons"]
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+    gate_first: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """``y`` [B, C, Ho, Wo] and, to keep for the backward, what the activation and the sigmoid saw, [B, 2C, Ho, Wo].
+
+    Both are in channels_last if x is, else in NCHW; without ``keep`` the second is empty. The implicit GEMM reads
+    channels_last: it copies an x in NCHW, or whose pixels are not whole 8 bytes. Sums are float32. Behind cuDNN the
+    sums of a half dtype are rounded to it before the bias is added, as torch does, inside the GEMM only the results
+    are.
+    """
+    inside, _ = in_gemm(layer_of(x, weight, geometry), capability_of(x))
+    return (gate_in_gemm if inside else gate_behind_cudnn)(x, weight, bias, geometry, activation, gate_first, keep)
+
+
+def gate_in_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+    gate_first: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """One kernel, beside what copies an x in NCHW and packs weights that have changed."""
+    from inpaint_kernels.triton_kernels import _implicit_gemm as gemm
+
+    layout, size = Layout.like(x), _output_size(x, weight, geometry)
+    y = layout.empty(x, weight.shape[0] // 2, size)
+    pre = layout.empty(x, weight.shape[0], size) if keep else x.new_empty(0)
+    if y.numel() > 0:
+        epilogue = gemm.Epilogue("gated", bias, activation, gate_first, pre if keep else None)
+        gemm.run_convolution(x, weight, geometry, epilogue, y, layout)
+    return y, pre
+
+
+def gate_behind_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+    gate_first: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """CuDNN's convolution, then one kernel."""
+    from inpaint_kernels.triton_kernels import _epilogues as epilogues
+
+    layout, size = Layout.like(x), _output_size(x, weight, geometry)
+    y = layout.empty(x, weight.shape[0] // 2, size)
+    raw = bare_convolution(x, weight, geometry, layout)
+    if y.numel() > 0:
+        epilogues.gate(raw, bias, activation, gate_first, keep, y, layout).run()
+    return y, raw if keep else x.new_empty(0)
+
+
+def gated_conv2d_gate_backward(grad_y: Tensor, pre: Tensor, activation: Activation, gate_first: bool) -> Tensor:
+    """The gradient of ``pre`` [B, 2C, Ho, Wo], in its layout; the sigmoid is computed again."""
+    from inpaint_kernels.triton_kernels import _epilogues as epilogues
+
+    layout = Layout.like(pre)
+    grad_y, pre = layout.of(grad_y), layout.of(pre)
+    grad_pre = layout.empty(pre, pre.shape[1], (pre.shape[2], pre.shape[3]))
+    if pre.numel() > 0:
+        epilogues.gate_backward(grad_y, pre, activation, gate_first, grad_pre, layout).run()
+    return grad_pre
+
+
+def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    return geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
