@@ -71,11 +71,12 @@ class Panels {
   int64_t outputs_, columns_ = 0, width_ = 0;
 };
 
-// weights [panel][inner / kDepth][column][kDepth] and bias [panel][column]; inner index product * stride + channel.
+// weights [panel][inner / kDepth][column][kDepth], inner index product * stride + channel; bias [panel][column]; start
+// [panel][column], what the sums begin with: the bias, or 0 where it is added after they are scaled.
 template <class Products>
 struct PackedWeights {
   Buffer<typename Products::Packed> weights;
-  Buffer<typename Products::Sum> bias;
+  Buffer<typename Products::Sum> bias, start;
   int64_t panel_size;
 };
 
@@ -91,7 +92,8 @@ PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, E
   const int64_t channels = convolution.input.channels, columns = panels.columns();
   const int64_t taps = convolution.y.kernel * convolution.x.kernel, size = products * stride * columns;
   PackedWeights<Products> packed{Buffer<Packed>(panels.count() * size, stride != channels),
-                                 Buffer<T>(panels.count() * columns), size};
+                                 Buffer<T>(panels.count() * columns), Buffer<T>(panels.count() * columns), size};
+  const bool scaled = convolution.epilogue.scale.data != nullptr;
   const int64_t groups = columns / kChunk;
   run_tasks(panels.count() * groups, products * stride * kChunk, [&](int64_t, int64_t task) {
     const int64_t panel = task / groups, first = task % groups * kChunk;
@@ -101,7 +103,9 @@ PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, E
     for (int64_t lane = 0; lane < kChunk; ++lane) {
       const int64_t row = panels.row(panel, first + lane);
       const bool biased = row >= 0 && convolution.bias != nullptr;
-      packed.bias[panel * columns + first + lane] = biased ? load_one<T>(convolution.bias + row) : T(0);
+      const int64_t column = panel * columns + first + lane;
+      packed.bias[column] = biased ? load_one<T>(convolution.bias + row) : T(0);
+      packed.start[column] = scaled ? T(0) : packed.bias[column];
     }
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t lane = 0; lane < kChunk; ++lane) {
@@ -121,6 +125,10 @@ PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, E
   });
   return packed;
 }
+
+// Sums that begin with nothing.
+template <class T>
+alignas(64) constexpr T kNothing[kWidestPanel] = {};
 
 // ---- Plan --------------------------------------------------------------------------------------------------------
 
@@ -269,12 +277,14 @@ class Direct {
   INPAINT_INLINE void multiply_row(Worker& worker, int64_t panel, int64_t count) const {
     const int64_t columns = panels_.columns(), stride = convolution_.x.stride * channels_;
     const int64_t total = static_cast<int64_t>(worker.runs.size());
-    if (total == 0) std::fill_n(worker.sums.get(), count * columns, T(0));
+    const T* start = weights_.start.get() + panel * columns;
+    for (int64_t p = 0; total == 0 && p < count; ++p) std::copy_n(start, columns, worker.sums.get() + p * columns);
     for (int64_t first = 0; first < total; first += runs_together_) {
       const Runs<Packed> runs{worker.runs.data() + first, std::min(runs_together_, total - first), run_length_, stride};
       for (int64_t p = 0; p < count; p += kPositions)
         multiply<Products, positions, bytes>(runs, p * stride, panel * weights_.panel_size, columns,
-                                             worker.sums.get() + p * columns, first > 0);
+                                             first > 0 ? kNothing<T> : start, worker.sums.get() + p * columns,
+                                             first > 0);
     }
   }
 
@@ -421,12 +431,13 @@ class Winograd {
   INPAINT_INLINE void multiply_tiles(Worker& worker, int64_t panel, int64_t tiles) const {
     const int64_t columns = panels_.columns();
     for (int64_t product = 0; product < kWinogradProducts; ++product) {
+      const T* start = product == kWinogradBias ? weights_.start.get() + panel * columns : kNothing<T>;
       const Run<T> run{worker.inputs.get() + product * most_tiles_ * stride_,
                        weights_.weights.get() + product * stride_ * columns};
       const Runs<T> runs{&run, 1, channels_, stride_};
       T* to = worker.products.get() + product * most_tiles_ * columns;
       for (int64_t tile = 0; tile < tiles; tile += kPositions)
-        multiply<Products, positions, bytes>(runs, tile * stride_, panel * weights_.panel_size, columns,
+        multiply<Products, positions, bytes>(runs, tile * stride_, panel * weights_.panel_size, columns, start,
                                              to + tile * columns, false);
     }
   }

@@ -278,16 +278,21 @@ struct Runs {
   int64_t count, length, stride;
 };
 
-// sums[position][panel] (+)= the products of all runs, for `positions` x `vectors` in registers: those `offset` inputs
-// and `weight` weights on.
+// sums[position][panel] = start[panel] + the products of all runs (with `accumulate`, all that is added), for `positions` x
+// `vectors` in registers: those `offset` inputs and `weight` weights on.
 template <class Products, int positions, int bytes, int vectors, bool accumulate>
 INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
-                                       int64_t panel, typename Products::Sum* sums) {
+                                       int64_t panel, const typename Products::Sum* start,
+                                       typename Products::Sum* sums) {
   typedef typename Products::Sum T;
   typedef typename Products::Packed Packed;
   typedef typename VectorOf<T, bytes>::type V;
   constexpr int lanes = bytes / sizeof(T), depth = Products::kDepth;
-  V sum[positions][vectors] = {};
+  V sum[positions][vectors];
+#pragma GCC unroll 8
+  for (int p = 0; p < positions; ++p)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[p][j] = load<V>(start + j * lanes);
   const int64_t length = runs.length, stride = runs.stride;
   for (int64_t r = 0; r < runs.count; ++r) {
     const Packed* inputs = runs.runs[r].inputs + offset;
@@ -325,16 +330,17 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
 // The same for kPositions x a whole panel.
 template <class Products, int positions, int bytes, int vectors>
 INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
-                                   int64_t panel, typename Products::Sum* sums, bool accumulate) {
+                                   int64_t panel, const typename Products::Sum* start, typename Products::Sum* sums,
+                                   bool accumulate) {
   constexpr int columns = vectors * bytes / static_cast<int>(sizeof(*sums));
   for (int p = 0; p < kPositions; p += positions) {
     for (int64_t n = 0; n < panel; n += columns) {
       const int64_t inputs = offset + p * runs.stride, weights = weight + n * Products::kDepth;
       typename Products::Sum* to = sums + p * panel + n;
       if (accumulate)
-        multiply_registers<Products, positions, bytes, vectors, true>(runs, inputs, weights, panel, to);
+        multiply_registers<Products, positions, bytes, vectors, true>(runs, inputs, weights, panel, start + n, to);
       else
-        multiply_registers<Products, positions, bytes, vectors, false>(runs, inputs, weights, panel, to);
+        multiply_registers<Products, positions, bytes, vectors, false>(runs, inputs, weights, panel, start + n, to);
     }
   }
 }
@@ -342,14 +348,14 @@ INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, 
 // The same for an instruction set with vectors of `bytes`; a panel has 48, 32 or 16 columns.
 template <class Products, int positions, int bytes>
 INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight, int64_t panel,
-                             typename Products::Sum* sums, bool accumulate) {
+                             const typename Products::Sum* start, typename Products::Sum* sums, bool accumulate) {
   constexpr int lanes = bytes / static_cast<int>(sizeof(*sums));
   if (panel % (3 * lanes) == 0)
-    multiply_panel<Products, positions, bytes, 3>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 3>(runs, offset, weight, panel, start, sums, accumulate);
   else if (panel % (2 * lanes) == 0)
-    multiply_panel<Products, positions, bytes, 2>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 2>(runs, offset, weight, panel, start, sums, accumulate);
   else
-    multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, start, sums, accumulate);
 }
 
 // ---- Winograd's F(2 x 2, 3 x 3) ----------------------------------------------------------------------------------
@@ -357,6 +363,8 @@ INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_
 // 4 x 4 inputs with 16 products instead of 36; the rounding error is that of the direct sum.
 
 constexpr int kWinogradInputs = 4, kWinogradOutputs = 2, kWinogradProducts = 16;
+// The product, row 1 and column 1 of 4 x 4, which is added once to each of the outputs: it may begin with the bias.
+constexpr int kWinogradBias = 5;
 
 // B^T d B for `tiles` tiles next to each other in four rows of packed pixels: to[product * plane + tile * channels +
 // channel]. Neighbours share two columns, whose sums down the rows are taken once.
@@ -437,24 +445,47 @@ INPAINT_INLINE void transform_kernels(const T* kernels, T* to) {
 
 // ---- Epilogue ----------------------------------------------------------------------------------------------------
 
+// 2^n and e^r - 1 of x = n ln 2 + r, |r| <= ln(2) / 2: e^x = power + power * rest. Taken as the smallest normal number
+// below it; NaN stays. The rest is r times a Taylor polynomial: relative error below 1e-7 (float) and 4e-16 (double).
 template <class T>
-INPAINT_INLINE Chunk<T> sigmoid(Chunk<T> x) {
-  const ChunkMask<T> negative = x < T(0);
-  const Chunk<T> e = exp_nonpositive<T, kChunk * sizeof(T)>(negative ? x : -x);
-  return (negative ? e : Chunk<T>{} + T(1)) / (T(1) + e);
-}
+struct Exponential {
+  Chunk<T> power, rest;
+};
 
-// exp(x) - 1 for x <= 0. Near 0 the difference would lose digits: there, its Taylor series.
 template <class T>
-INPAINT_INLINE Chunk<T> expm1_nonpositive(Chunk<T> x) {
-  constexpr T series_from = sizeof(T) == 4 ? T(-0.35) : T(-0.1);
-  constexpr int degree = sizeof(T) == 4 ? 7 : 11;
-  constexpr T inverse_factorial[] = {1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,      1.0 / 120,
-                                     1.0 / 720,  1.0 / 5040,  1.0 / 40320,  1.0 / 362880,  1.0 / 3628800, 1.0 / 39916800};
+INPAINT_INLINE Exponential<T> exponential(Chunk<T> x) {
+  constexpr bool is_float = sizeof(T) == 4;
+  constexpr int degree = is_float ? 7 : 13;
+  constexpr int mantissa_bits = is_float ? 23 : 52;
+  constexpr T round_to_int = is_float ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa_bits
+  constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
+  constexpr T ln2_low = is_float ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  constexpr T inverse_factorial[] = {
+      1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  x = x < kLowestExponent<T> ? Chunk<T>{} + kLowestExponent<T> : x;
+  const Chunk<T> shifted = x * T(1.44269504088896340736) + round_to_int;
+  const Chunk<T> n = shifted - round_to_int;
+  const Chunk<T> r = (x - n * ln2_high) - n * ln2_low;
   Chunk<T> series = Chunk<T>{} + inverse_factorial[degree];
 #pragma GCC unroll 16
-  for (int i = degree - 1; i >= 1; --i) series = series * x + inverse_factorial[i];
-  return x > series_from ? series * x : exp_nonpositive<T, kChunk * sizeof(T)>(x) - T(1);
+  for (int i = degree - 1; i >= 1; --i) series = series * r + inverse_factorial[i];
+  const ChunkMask<T> one = (ChunkMask<T>)(Chunk<T>{} + T(1));
+  return {(Chunk<T>)(((ChunkMask<T>)shifted << mantissa_bits) + one), series * r};
+}
+
+template <class T>
+INPAINT_INLINE Chunk<T> sigmoid(Chunk<T> x) {
+  const Exponential<T> e = exponential<T>(x < T(0) ? x : -x);
+  const Chunk<T> small = e.power * e.rest + e.power;
+  return (x < T(0) ? small : Chunk<T>{} + T(1)) / (T(1) + small);
+}
+
+// exp(x) - 1 for x <= 0, whose digits near 0 are those of the rest.
+template <class T>
+INPAINT_INLINE Chunk<T> expm1_nonpositive(Chunk<T> x) {
+  const Exponential<T> e = exponential<T>(x);
+  return e.power * e.rest + (e.power - T(1));
 }
 
 template <class T, ActivationKind kind>
@@ -531,15 +562,17 @@ struct PanelChannels {
   int64_t panel, width;  // columns of the panel; of its features alone if gated, else the same
 };
 
-// results[pixel][column] = activation(features) * sigmoid(gate); sums[pixel][features, then gate], bias added before.
-template <class T, ActivationKind kind>
-INPAINT_INLINE void gate_pixels(const PanelChannels& channels, int64_t pixels, const T* sums, T slope, T* results) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    const T* own = sums + p * channels.panel;
-    for (int64_t c = 0; c < channels.width; c += kChunk)
-      store_chunk<T>(results + p * channels.width + c, activate<T, kind>(load_chunk<T>(own + c), slope) *
-                                                           sigmoid<T>(load_chunk<T>(own + channels.width + c)));
-  }
+// to[pixel * stride + channel] = activation(features) * sigmoid(gate), the first `valid` channels; sums[pixel][features,
+// then gate].
+template <class T, ActivationKind kind, class Element>
+INPAINT_INLINE void gate_pixels(const PanelChannels& channels, int64_t pixels, const T* sums, T slope, Element* to,
+                                int64_t stride, int64_t valid) {
+  for (int64_t p = 0; p < pixels; ++p, sums += channels.panel, to += stride)
+    for (int64_t c = 0; c < valid; c += kChunk)
+      store_channels<T>(to + c,
+                        activate<T, kind>(load_chunk<T>(sums + c), slope) *
+                            sigmoid<T>(load_chunk<T>(sums + channels.width + c)),
+                        valid - c);
 }
 
 template <class T, ActivationKind kind>
@@ -562,26 +595,21 @@ INPAINT_INLINE void with_activation(ActivationKind kind, const Body& body) {
   }
 }
 
-// sums * scale + bias * shift, or sums + bias.
+// sums * scale + bias * shift.
 template <class T, class Element>
-INPAINT_INLINE void add_bias(const Convolution<T, Element>& convolution, const Segment& segment, const T* bias,
-                             int64_t panel, T* sums) {
+INPAINT_INLINE void scale_pixels(const Convolution<T, Element>& convolution, const Segment& segment, const T* bias,
+                                 int64_t panel, T* sums) {
   const PixelMap<T>&scale = convolution.epilogue.scale, &shift = convolution.epilogue.shift;
-  for (int64_t p = 0; p < segment.count; ++p) {
-    T* own = sums + p * panel;
-    if (scale.data == nullptr) {
-      for (int64_t c = 0; c < panel; c += kChunk) store_chunk<T>(own + c, load_chunk<T>(own + c) + load_chunk<T>(bias + c));
-    } else {
-      const int64_t pixel = segment.y * convolution.output.width + segment.x + p * segment.x_step;
-      const T factor = scale.data[segment.b * scale.batch_stride + pixel];
-      const T share = shift.data[segment.b * shift.batch_stride + pixel];
-      for (int64_t c = 0; c < panel; c += kChunk)
-        store_chunk<T>(own + c, load_chunk<T>(own + c) * factor + load_chunk<T>(bias + c) * share);
-    }
+  for (int64_t p = 0; p < segment.count; ++p, sums += panel) {
+    const int64_t pixel = segment.y * convolution.output.width + segment.x + p * segment.x_step;
+    const T factor = scale.data[segment.b * scale.batch_stride + pixel];
+    const T share = shift.data[segment.b * shift.batch_stride + pixel];
+    for (int64_t c = 0; c < panel; c += kChunk)
+      store_chunk<T>(sums + c, load_chunk<T>(sums + c) * factor + load_chunk<T>(bias + c) * share);
   }
 }
 
-// From the sums of a panel to the output; sums[pixel][panel] are changed.
+// From the sums of a panel to the output; sums[pixel][panel] hold the bias unless they are scaled, and are changed.
 template <class T, class Element>
 INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Segment& segment,
                            const PanelChannels& channels, const T* bias, T* sums) {
@@ -591,8 +619,8 @@ INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Seg
     part.x += begin * segment.x_step;
     part.count = std::min<int64_t>(kEpiloguePixels, segment.count - begin);
     T* own = sums + begin * channels.panel;
-    add_bias(convolution, part, bias, channels.panel, own);
     if (!epilogue.gated) {
+      if (epilogue.scale.data != nullptr) scale_pixels(convolution, part, bias, channels.panel, own);
       with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
         activate_pixels<T, kind.value>(part.count * channels.panel, own, epilogue.slope);
       });
@@ -608,11 +636,18 @@ INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Seg
       store_pixels(epilogue.pre, part, half - features + channels.first, channels.valid, own + channels.width,
                    channels.panel);
     }
-    T results[kEpiloguePixels * kWidestPanel / 2];
     with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
-      gate_pixels<T, kind.value>(channels, part.count, own, epilogue.slope, results);
+      const Map<Element>& output = convolution.output;
+      if (output.channels_last) {
+        Element* to = output.sample(part.b) + (part.y * output.width + part.x) * output.channels + channels.first;
+        gate_pixels<T, kind.value>(channels, part.count, own, epilogue.slope, to, part.x_step * output.channels,
+                                   channels.valid);
+      } else {
+        T results[kEpiloguePixels * kWidestPanel / 2];
+        gate_pixels<T, kind.value>(channels, part.count, own, epilogue.slope, results, channels.width, channels.width);
+        store_pixels(output, part, channels.first, channels.valid, results, channels.width);
+      }
     });
-    store_pixels(convolution.output, part, channels.first, channels.valid, results, channels.width);
   }
 }
 

@@ -22,8 +22,7 @@ template <class T, ActivationKind kind>
 INPAINT_INLINE Chunk<T> activation_slope(Chunk<T> x, T slope) {
   const Chunk<T> one = Chunk<T>{} + T(1);
   if constexpr (kind == ActivationKind::relu) return x > T(0) ? one : Chunk<T>{};
-  if constexpr (kind == ActivationKind::elu)
-    return x > T(0) ? one : exp_nonpositive<T, kChunk * sizeof(T)>(x);
+  if constexpr (kind == ActivationKind::elu) return x > T(0) ? one : expm1_nonpositive<T>(x) + one;
   if constexpr (kind == ActivationKind::leaky_relu) return x > T(0) ? one : Chunk<T>{} + slope;
   return one;
 }

@@ -84,10 +84,10 @@ constexpr T kLowestExponent = sizeof(T) == 4 ? T(-87.33) : T(-708.39);
 
 // exp(x) for x <= 0, 0 below the smallest normal result, NaN for NaN. x = n ln 2 + r, |r| <= ln(2) / 2, and the Taylor
 // polynomial of exp(r): relative error below 1e-7 (float, degree 7) and 4e-16 (double, degree 13).
-template <class T, int bytes = 64>
-INPAINT_INLINE typename VectorOf<T, bytes>::type exp_nonpositive(typename VectorOf<T, bytes>::type x) {
-  typedef typename VectorOf<T, bytes>::type V;
-  typedef typename VectorOf<LaneInt<T>, bytes>::type IntVector;
+template <class T>
+INPAINT_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
+  typedef LaneInt<T> Int;
+  typedef typename VectorOf<Int>::type IntVector;
   constexpr bool is_float = sizeof(T) == 4;
   constexpr int degree = is_float ? 7 : 13;
   constexpr int mantissa_bits = is_float ? 23 : 52;
@@ -99,16 +99,16 @@ INPAINT_INLINE typename VectorOf<T, bytes>::type exp_nonpositive(typename Vector
       1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   const IntVector underflow = x < lowest;
-  x = underflow ? V{} + lowest : x;
-  const V shifted = x * T(1.44269504088896340736) + round_to_int;
-  const V n = shifted - round_to_int;
-  const V r = (x - n * ln2_high) - n * ln2_low;
-  V p = V{} + inverse_factorial[degree];
+  x = underflow ? Vector<T>{} + lowest : x;
+  const Vector<T> shifted = x * T(1.44269504088896340736) + round_to_int;
+  const Vector<T> n = shifted - round_to_int;
+  const Vector<T> r = (x - n * ln2_high) - n * ln2_low;
+  Vector<T> p = Vector<T>{} + inverse_factorial[degree];
 #pragma GCC unroll 16
   for (int i = degree - 1; i >= 0; --i) p = p * r + inverse_factorial[i];
   const IntVector power = (IntVector)shifted << mantissa_bits;
   const IntVector scaled = (IntVector)p + power;
-  return underflow ? V{} : (V)scaled;
+  return underflow ? Vector<T>{} : (Vector<T>)scaled;
 }
 
 // ---- Rows --------------------------------------------------------------------------------------------------------
