@@ -4,8 +4,8 @@
 // enlarged, mirrored, masked and converted on the way, so that no such copy of the whole input exists -, the sums of a
 // row and a panel of channels are computed into a small buffer, and the epilogue writes them to the output.
 //
-//   DirectTask    any kernel, stride and dilation: the products of the definition
-//   WinogradTask  3 x 3 with stride 1: 16 products where the definition has 36
+//   Direct    any kernel, stride and dilation: the products of the definition
+//   Winograd  3 x 3 with stride 1: 16 products where the definition has 36; 36 instead of 144 for 16-bit elements
 //
 // Every output has one fixed order of additions, whatever the number of threads.
 #include "convolution.h"
@@ -298,7 +298,7 @@ class Direct {
 
 // ---- Winograd ----------------------------------------------------------------------------------------------------
 
-// Tiles of one class of columns: outputs x + phases * (2 tile + {0, 1}).
+// Tiles of one class of columns: outputs x + phases * (kOutputs * tile + {0, ..., kOutputs - 1}).
 struct TileSpan {
   int64_t phase, begin, end;
 };
@@ -306,6 +306,11 @@ struct TileSpan {
 template <class T, class Element>
 class Winograd {
   typedef SingleProducts<T> Products;
+  // 16 bits have few digits to lose.
+  static constexpr int kOutputs = sizeof(Element) == 2 ? 4 : 2, kInputs = kOutputs + 2;
+  static constexpr int64_t kProducts = kInputs * kInputs;
+  // The product, row 1 and column 1, which is added once to each of the outputs: it may begin with the bias.
+  static constexpr int64_t kBiasProduct = kInputs + 1;
 
  public:
   static bool fits(const Convolution<T, Element>& convolution) {
@@ -319,19 +324,19 @@ class Winograd {
         panels_(convolution.rows, convolution.epilogue.gated, convolution.epilogue.gate_first),
         channels_(convolution.input.channels),
         stride_(round_up(channels_, kChunk)),
-        weights_(pack_weights<Products>(convolution, panels_, kWinogradProducts, stride_, transform_kernels<T>)) {
-    const int64_t per_tile = kWinogradProducts * stride_ * static_cast<int64_t>(sizeof(T));
+        weights_(pack_weights<Products>(convolution, panels_, kProducts, stride_, transform_kernels<T, kOutputs>)) {
+    const int64_t per_tile = kProducts * stride_ * static_cast<int64_t>(sizeof(T));
     const int64_t limit = std::clamp<int64_t>(kTileBytes / per_tile / kPositions, 1, kMostTiles / kPositions);
     cut_strips(limit * kPositions);
-    pieces_ = cut(convolution.batch, convolution.y, kWinogradOutputs, static_cast<int64_t>(strips_.size()));
+    pieces_ = cut(convolution.batch, convolution.y, kOutputs, static_cast<int64_t>(strips_.size()));
   }
 
   struct Worker {
     explicit Worker(const Winograd& plan)
-        : rows(kWinogradInputs, plan.most_columns_ * plan.stride_),
-          inputs(kWinogradProducts * plan.most_tiles_ * plan.stride_),
-          products(kWinogradProducts * plan.most_tiles_ * plan.panels_.columns()),
-          sums(kWinogradOutputs * kWinogradOutputs * plan.most_tiles_ * plan.panels_.columns()) {}
+        : rows(kInputs, plan.most_columns_ * plan.stride_),
+          inputs(kProducts * plan.most_tiles_ * plan.stride_),
+          products(kProducts * plan.most_tiles_ * plan.panels_.columns()),
+          sums(kOutputs * kOutputs * plan.most_tiles_ * plan.panels_.columns()) {}
     RowRing<T> rows;
     Buffer<T> inputs, products, sums;
     std::vector<int32_t> columns;
@@ -351,8 +356,8 @@ class Winograd {
       for (int64_t panel = 0; panel < panels_.count(); ++panel) {
         multiply_tiles<positions, bytes>(worker, panel, round_up(tiles, kPositions));
         for (int64_t tile = 0; tile < tiles; ++tile)
-          transform_output<T>(worker.products.get() + tile * panels_.columns(), most_tiles_ * panels_.columns(),
-                              panels_.columns(), worker.sums.get() + kWinogradOutputs * tile * panels_.columns(),
+          transform_output<T, kOutputs>(worker.products.get() + tile * panels_.columns(), most_tiles_ * panels_.columns(),
+                              panels_.columns(), worker.sums.get() + kOutputs * tile * panels_.columns(),
                               row_of_sums());
         finish_rows(piece, t, spans, panel, worker);
       }
@@ -360,9 +365,9 @@ class Winograd {
   }
 
  private:
-  int64_t row_of_sums() const { return kWinogradOutputs * most_tiles_ * panels_.columns(); }
+  int64_t row_of_sums() const { return kOutputs * most_tiles_ * panels_.columns(); }
 
-  static int64_t columns_of(const TileSpan& span) { return kWinogradOutputs * (span.end - span.begin) + 2; }
+  static int64_t columns_of(const TileSpan& span) { return kOutputs * (span.end - span.begin) + 2; }
 
   void cut_strips(int64_t limit) {
     const Axis& x = convolution_.x;
@@ -370,7 +375,7 @@ class Winograd {
     std::vector<TileSpan> all;
     int64_t total = 0;
     for (int64_t phase = 0; phase < phases; ++phase) {
-      all.push_back({phase, 0, ceil_div(ceil_div(x.outputs - phase, phases), kWinogradOutputs)});
+      all.push_back({phase, 0, ceil_div(ceil_div(x.outputs - phase, phases), kOutputs)});
       total += all.back().end;
     }
     const int64_t strips = ceil_div(total, limit);
@@ -404,16 +409,16 @@ class Winograd {
     for (const TileSpan& span : spans)
       for (int64_t i = 0; i < columns_of(span); ++i)
         columns.push_back(static_cast<int32_t>(
-            x.source(x.position(span.phase) + (kWinogradOutputs * span.begin + i) * x.dilation)));
+            x.source(x.position(span.phase) + (kOutputs * span.begin + i) * x.dilation)));
   }
 
   INPAINT_INLINE void transform_inputs(const Piece& piece, int64_t t, const std::vector<TileSpan>& spans,
                                        Worker& worker) const {
     const Axis& y = convolution_.y;
     const int64_t count = static_cast<int64_t>(worker.columns.size());
-    const T* rows[kWinogradInputs];
-    for (int i = 0; i < kWinogradInputs; ++i) {
-      const int64_t number = kWinogradOutputs * t + i;
+    const T* rows[kInputs];
+    for (int i = 0; i < kInputs; ++i) {
+      const int64_t number = kOutputs * t + i;
       const int64_t source = y.source(y.position(piece.phase) + number * y.dilation);
       rows[i] = worker.rows.row(number, [&](T* to) INPAINT_INLINE_LAMBDA {
         pack_row(convolution_, piece.b, source, worker.columns.data(), count, to, stride_);
@@ -421,7 +426,7 @@ class Winograd {
     }
     T* to = worker.inputs.get();
     for (const TileSpan& span : spans) {
-      transform_input<T>(rows, span.end - span.begin, stride_, to, most_tiles_ * stride_);
+      transform_input<T, kOutputs>(rows, span.end - span.begin, stride_, to, most_tiles_ * stride_);
       to += (span.end - span.begin) * stride_;
       for (const T*& row : rows) row += columns_of(span) * stride_;
     }
@@ -430,8 +435,8 @@ class Winograd {
   template <int positions, int bytes>
   INPAINT_INLINE void multiply_tiles(Worker& worker, int64_t panel, int64_t tiles) const {
     const int64_t columns = panels_.columns();
-    for (int64_t product = 0; product < kWinogradProducts; ++product) {
-      const T* start = product == kWinogradBias ? weights_.start.get() + panel * columns : kNothing<T>;
+    for (int64_t product = 0; product < kProducts; ++product) {
+      const T* start = product == kBiasProduct ? weights_.start.get() + panel * columns : kNothing<T>;
       const Run<T> run{worker.inputs.get() + product * most_tiles_ * stride_,
                        weights_.weights.get() + product * stride_ * columns};
       const Runs<T> runs{&run, 1, channels_, stride_};
@@ -446,17 +451,17 @@ class Winograd {
                                   Worker& worker) const {
     const Axis &y = convolution_.y, &x = convolution_.x;
     const int64_t y_phases = phases_of(y), x_phases = phases_of(x), columns = panels_.columns();
-    for (int64_t i = 0; i < kWinogradOutputs; ++i) {
-      const int64_t out_y = piece.phase + y_phases * (kWinogradOutputs * t + i);
+    for (int64_t i = 0; i < kOutputs; ++i) {
+      const int64_t out_y = piece.phase + y_phases * (kOutputs * t + i);
       if (out_y >= y.outputs) break;
       T* sums = worker.sums.get() + i * row_of_sums();
       for (const TileSpan& span : spans) {
-        const int64_t first = span.phase + x_phases * kWinogradOutputs * span.begin;
+        const int64_t first = span.phase + x_phases * kOutputs * span.begin;
         const int64_t tiles = span.end - span.begin;
-        const int64_t count = std::min(kWinogradOutputs * tiles, ceil_div(x.outputs - first, x_phases));
+        const int64_t count = std::min(kOutputs * tiles, ceil_div(x.outputs - first, x_phases));
         finish(convolution_, {piece.b, out_y, first, x_phases, count}, panels_.channels(panel),
                weights_.bias.get() + panel * columns, sums);
-        sums += kWinogradOutputs * tiles * columns;
+        sums += kOutputs * tiles * columns;
       }
     }
   }
@@ -520,14 +525,12 @@ void run_pieces(const Convolution& convolution) {
 template <class T, class Element>
 void convolve_some_way(const Convolution<T, Element>& convolution) {
   if (convolution.batch == 0 || convolution.rows == 0) return;
+  if (Winograd<T, Element>::fits(convolution)) return run_pieces<Winograd<T, Element>>(convolution);
 #ifdef INPAINT_X86_VERSIONS
   if constexpr (std::is_same_v<Element, BFloatBits>)
     if (__builtin_cpu_supports("avx512bf16")) return run_pieces<DirectPairs>(convolution);
 #endif
-  if (Winograd<T, Element>::fits(convolution))
-    run_pieces<Winograd<T, Element>>(convolution);
-  else
-    run_pieces<DirectSingle<T, Element>>(convolution);
+  run_pieces<DirectSingle<T, Element>>(convolution);
 }
 
 }  // namespace

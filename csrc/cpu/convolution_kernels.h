@@ -358,88 +358,149 @@ INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_
     multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, start, sums, accumulate);
 }
 
-// ---- Winograd's F(2 x 2, 3 x 3) ----------------------------------------------------------------------------------
-// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016: 2 x 2 outputs of a 3 x 3 kernel from
-// 4 x 4 inputs with 16 products instead of 36; the rounding error is that of the direct sum.
+// ---- Winograd's F(m x m, 3 x 3) ----------------------------------------------------------------------------------
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016: m x m outputs of a 3 x 3 kernel from
+// (m + 2) x (m + 2) inputs, with one product for each of these and not nine for each output.
+//
+// F(2 x 2) has a rounding error like the direct sum's. That of F(4 x 4) is larger, but in float it is far below what
+// rounding the result to 16 bits costs.
 
-constexpr int kWinogradInputs = 4, kWinogradOutputs = 2, kWinogradProducts = 16;
-// The product, row 1 and column 1 of 4 x 4, which is added once to each of the outputs: it may begin with the bias.
-constexpr int kWinogradBias = 5;
+// The transforms of one line. Rows are transformed, then columns.
+template <int outputs>
+struct WinogradLine;
 
-// B^T d B for `tiles` tiles next to each other in four rows of packed pixels: to[product * plane + tile * channels +
-// channel]. Neighbours share two columns, whose sums down the rows are taken once.
-template <class T>
+template <>
+struct WinogradLine<2> {
+  template <class V>
+  static INPAINT_INLINE void input(const V (&d)[4], V (&to)[4]) {
+    to[0] = d[0] - d[2];
+    to[1] = d[1] + d[2];
+    to[2] = d[2] - d[1];
+    to[3] = d[1] - d[3];
+  }
+  template <class V>
+  static INPAINT_INLINE void kernel(const V (&g)[3], V (&to)[4]) {
+    to[0] = g[0];
+    to[1] = (g[0] + g[1] + g[2]) / 2;
+    to[2] = (g[0] - g[1] + g[2]) / 2;
+    to[3] = g[2];
+  }
+  template <class V>
+  static INPAINT_INLINE void output(const V (&m)[4], V (&to)[2]) {
+    to[0] = m[0] + m[1] + m[2];
+    to[1] = m[1] - m[2] - m[3];
+  }
+};
+
+template <>
+struct WinogradLine<4> {
+  template <class V>
+  static INPAINT_INLINE void input(const V (&d)[6], V (&to)[6]) {
+    const V even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1], near = d[4] - d[2], far = 2 * (d[3] - d[1]);
+    to[0] = 4 * d[0] - 5 * d[2] + d[4];
+    to[1] = even + odd;
+    to[2] = even - odd;
+    to[3] = near + far;
+    to[4] = near - far;
+    to[5] = 4 * d[1] - 5 * d[3] + d[5];
+  }
+  template <class V>
+  static INPAINT_INLINE void kernel(const V (&g)[3], V (&to)[6]) {
+    const V ends = g[0] + g[2], wide = (g[0] + 4 * g[2]) / 24, middle = g[1] / 12;
+    to[0] = g[0] / 4;
+    to[1] = (ends + g[1]) / -6;
+    to[2] = (ends - g[1]) / -6;
+    to[3] = wide + middle;
+    to[4] = wide - middle;
+    to[5] = g[2];
+  }
+  template <class V>
+  static INPAINT_INLINE void output(const V (&m)[6], V (&to)[4]) {
+    const V a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
+    to[0] = m[0] + a + c;
+    to[1] = b + 2 * d;
+    to[2] = a + 4 * c;
+    to[3] = b + 8 * d + m[5];
+  }
+};
+
+// B^T d B for `tiles` tiles next to each other in outputs + 2 rows of packed pixels: to[product * plane + tile *
+// channels + channel]. Neighbours share two columns, which are transformed once.
+template <class T, int outputs>
 INPAINT_INLINE void transform_input(const T* const* rows, int64_t tiles, int64_t channels, T* to, int64_t plane) {
+  constexpr int inputs = outputs + 2;
   for (int64_t c = 0; c < channels; c += kChunk) {
-    Chunk<T> down[4][4];
-    const auto sum_down = [&](int64_t column, int j) INPAINT_INLINE_LAMBDA {
-      const int64_t at = column * channels + c;
-      const Chunk<T> d0 = load_chunk<T>(rows[0] + at), d1 = load_chunk<T>(rows[1] + at);
-      const Chunk<T> d2 = load_chunk<T>(rows[2] + at), d3 = load_chunk<T>(rows[3] + at);
-      down[0][j] = d0 - d2;
-      down[1][j] = d1 + d2;
-      down[2][j] = d2 - d1;
-      down[3][j] = d1 - d3;
+    Chunk<T> down[inputs][inputs];  // [column][row]
+    const auto transform_column = [&](int64_t column, int j) INPAINT_INLINE_LAMBDA {
+      Chunk<T> pixels[inputs];
+#pragma GCC unroll 6
+      for (int i = 0; i < inputs; ++i) pixels[i] = load_chunk<T>(rows[i] + column * channels + c);
+      WinogradLine<outputs>::input(pixels, down[j]);
     };
-    sum_down(0, 2);
-    sum_down(1, 3);
+    transform_column(0, outputs);
+    transform_column(1, outputs + 1);
     for (int64_t tile = 0; tile < tiles; ++tile) {
+#pragma GCC unroll 6
+      for (int i = 0; i < inputs; ++i) {
+        down[0][i] = down[outputs][i];
+        down[1][i] = down[outputs + 1][i];
+      }
+#pragma GCC unroll 4
+      for (int j = 2; j < inputs; ++j) transform_column(outputs * tile + j, j);
       T* out = to + tile * channels + c;
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        down[i][0] = down[i][2];
-        down[i][1] = down[i][3];
-      }
-      sum_down(2 * tile + 2, 2);
-      sum_down(2 * tile + 3, 3);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i, out += 4 * plane) {
-        store_chunk<T>(out, down[i][0] - down[i][2]);
-        store_chunk<T>(out + plane, down[i][1] + down[i][2]);
-        store_chunk<T>(out + 2 * plane, down[i][2] - down[i][1]);
-        store_chunk<T>(out + 3 * plane, down[i][1] - down[i][3]);
+#pragma GCC unroll 6
+      for (int i = 0; i < inputs; ++i) {
+        Chunk<T> line[inputs], across[inputs];
+#pragma GCC unroll 6
+        for (int j = 0; j < inputs; ++j) line[j] = down[j][i];
+        WinogradLine<outputs>::input(line, across);
+#pragma GCC unroll 6
+        for (int j = 0; j < inputs; ++j, out += plane) store_chunk<T>(out, across[j]);
       }
     }
   }
 }
 
-// A^T m A: products[product * plane + column] -> the 2 x 2 outputs, rows `row_stride` and columns `panel` apart.
-template <class T>
+// A^T m A: products[product * plane + column] -> the outputs, rows `row_stride` and columns `panel` apart.
+template <class T, int outputs>
 INPAINT_INLINE void transform_output(const T* products, int64_t plane, int64_t panel, T* to, int64_t row_stride) {
+  constexpr int inputs = outputs + 2;
   for (int64_t n = 0; n < panel; n += kChunk) {
-    Chunk<T> down[2][4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const T* column = products + j * plane + n;
-      const Chunk<T> m0 = load_chunk<T>(column), m1 = load_chunk<T>(column + 4 * plane);
-      const Chunk<T> m2 = load_chunk<T>(column + 8 * plane), m3 = load_chunk<T>(column + 12 * plane);
-      down[0][j] = m0 + m1 + m2;
-      down[1][j] = m1 - m2 - m3;
+    Chunk<T> down[inputs][outputs];  // [column][row]
+#pragma GCC unroll 6
+    for (int j = 0; j < inputs; ++j) {
+      Chunk<T> column[inputs];
+#pragma GCC unroll 6
+      for (int i = 0; i < inputs; ++i) column[i] = load_chunk<T>(products + (i * inputs + j) * plane + n);
+      WinogradLine<outputs>::output(column, down[j]);
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      store_chunk<T>(to + i * row_stride + n, down[i][0] + down[i][1] + down[i][2]);
-      store_chunk<T>(to + i * row_stride + panel + n, down[i][1] - down[i][2] - down[i][3]);
+#pragma GCC unroll 4
+    for (int i = 0; i < outputs; ++i) {
+      Chunk<T> line[inputs], across[outputs];
+#pragma GCC unroll 6
+      for (int j = 0; j < inputs; ++j) line[j] = down[j][i];
+      WinogradLine<outputs>::output(line, across);
+#pragma GCC unroll 4
+      for (int j = 0; j < outputs; ++j) store_chunk<T>(to + i * row_stride + j * panel + n, across[j]);
     }
   }
 }
 
-// G g G^T of the 3 x 3 kernels of kChunk columns: kernels [9][kChunk] -> to [16][kChunk].
-template <class T>
+// G g G^T of the 3 x 3 kernels of kChunk columns: kernels [9][kChunk] -> to [product][kChunk].
+template <class T, int outputs>
 INPAINT_INLINE void transform_kernels(const T* kernels, T* to) {
-  Chunk<T> g[9], down[4][3];
-  for (int i = 0; i < 9; ++i) g[i] = load_chunk<T>(kernels + i * kChunk);
+  constexpr int inputs = outputs + 2;
+  Chunk<T> down[3][inputs];  // [column][row]
   for (int j = 0; j < 3; ++j) {
-    down[0][j] = g[j];
-    down[1][j] = (g[j] + g[3 + j] + g[6 + j]) * T(0.5);
-    down[2][j] = (g[j] - g[3 + j] + g[6 + j]) * T(0.5);
-    down[3][j] = g[6 + j];
+    const Chunk<T> column[3] = {load_chunk<T>(kernels + j * kChunk), load_chunk<T>(kernels + (3 + j) * kChunk),
+                                load_chunk<T>(kernels + (6 + j) * kChunk)};
+    WinogradLine<outputs>::kernel(column, down[j]);
   }
-  for (int i = 0; i < 4; ++i, to += 4 * kChunk) {
-    store_chunk<T>(to, down[i][0]);
-    store_chunk<T>(to + kChunk, (down[i][0] + down[i][1] + down[i][2]) * T(0.5));
-    store_chunk<T>(to + 2 * kChunk, (down[i][0] - down[i][1] + down[i][2]) * T(0.5));
-    store_chunk<T>(to + 3 * kChunk, down[i][2]);
+  for (int i = 0; i < inputs; ++i) {
+    const Chunk<T> line[3] = {down[0][i], down[1][i], down[2][i]};
+    Chunk<T> across[inputs];
+    WinogradLine<outputs>::kernel(line, across);
+    for (int j = 0; j < inputs; ++j, to += kChunk) store_chunk<T>(to, across[j]);
   }
 }
 
