@@ -26,8 +26,9 @@ constexpr int64_t kTileBytes = 384 << 10;    // Winograd's transformed inputs
 constexpr int64_t kMostTiles = 64;
 constexpr int64_t kBands = 8;  // pieces of the height, for threads to share
 constexpr int64_t kSmallestBand = 2, kLargestBand = 32;
-// Fewer channels than this and Winograd's transforms cost more than they save.
-constexpr int64_t kWinogradChannels = 16;
+// Fewer channels than this and Winograd's transforms cost more than they save: beside products one by one, and beside
+// pairs of bfloat16.
+constexpr int64_t kWinogradChannels = 16, kWinogradChannelsForPairs = 32;
 
 // ---- Weights -----------------------------------------------------------------------------------------------------
 
@@ -39,10 +40,11 @@ class Panels {
     constexpr struct {
       int64_t columns;
       double cost;  // of one column: a narrow panel has fewer products per load
-    } kinds[] = {{48, 1.0}, {32, 1.05}, {16, 1.25}};
+    } kinds[] = {{48, 1.0}, {32, 1.05}, {16, 1.25}, {8, 1.3}};
     double least = 0;
     for (const auto& kind : kinds) {
       const int64_t width = gated ? kind.columns / 2 : kind.columns;
+      if (width < kChunk) continue;
       const double cost = ceil_div(outputs_, width) * kind.columns * kind.cost;
       if (width_ != 0 && cost >= least) continue;
       least = cost;
@@ -231,8 +233,7 @@ class Direct {
   INPAINT_INLINE void run(const Piece& piece, Worker& worker) const {
     const Axis &y = convolution_.y, &x = convolution_.x;
     const int64_t left = piece.strip * strip_, count = std::min(strip_, x.outputs - left);
-    for (int64_t i = 0; i < columns_; ++i)
-      worker.columns[i] = static_cast<int32_t>(x.source(x.position(left) + i));
+    for (int64_t i = 0; i < columns_; ++i) worker.columns[i] = static_cast<int32_t>(x.source(x.position(left) + i));
     worker.rows.clear();
     const int64_t phases = phases_of(y);
     for (int64_t t = piece.begin; t < piece.end; ++t) {
@@ -313,10 +314,11 @@ class Winograd {
   static constexpr int64_t kBiasProduct = kInputs + 1;
 
  public:
-  static bool fits(const Convolution<T, Element>& convolution) {
+  static bool pays(const Convolution<T, Element>& convolution, bool pairs) {
     const Axis &y = convolution.y, &x = convolution.x;
+    const int64_t channels = std::min(convolution.input.channels, convolution.rows);
     return y.kernel == 3 && x.kernel == 3 && y.stride == 1 && x.stride == 1 &&
-           convolution.input.channels >= kWinogradChannels && convolution.rows >= kWinogradChannels;
+           channels >= (pairs ? kWinogradChannelsForPairs : kWinogradChannels);
   }
 
   explicit Winograd(const Convolution<T, Element>& convolution)
@@ -356,9 +358,9 @@ class Winograd {
       for (int64_t panel = 0; panel < panels_.count(); ++panel) {
         multiply_tiles<positions, bytes>(worker, panel, round_up(tiles, kPositions));
         for (int64_t tile = 0; tile < tiles; ++tile)
-          transform_output<T, kOutputs>(worker.products.get() + tile * panels_.columns(), most_tiles_ * panels_.columns(),
-                              panels_.columns(), worker.sums.get() + kOutputs * tile * panels_.columns(),
-                              row_of_sums());
+          transform_output<T, kOutputs>(worker.products.get() + tile * panels_.columns(),
+                                        most_tiles_ * panels_.columns(), panels_.columns(),
+                                        worker.sums.get() + kOutputs * tile * panels_.columns(), row_of_sums());
         finish_rows(piece, t, spans, panel, worker);
       }
     }
@@ -408,8 +410,8 @@ class Winograd {
     columns.clear();
     for (const TileSpan& span : spans)
       for (int64_t i = 0; i < columns_of(span); ++i)
-        columns.push_back(static_cast<int32_t>(
-            x.source(x.position(span.phase) + (kOutputs * span.begin + i) * x.dilation)));
+        columns.push_back(
+            static_cast<int32_t>(x.source(x.position(span.phase) + (kOutputs * span.begin + i) * x.dilation)));
   }
 
   INPAINT_INLINE void transform_inputs(const Piece& piece, int64_t t, const std::vector<TileSpan>& spans,
@@ -481,9 +483,9 @@ template <class T, class Element>
 using DirectSingle = Direct<SingleProducts<T>, Element>;
 
 // One version per register file: 8 x 3 vectors of 64 bytes in 32 registers, 4 x 3 of 32 or 16 bytes in 16.
-#define INPAINT_RUN_PIECE(Way, T, Element, attributes, positions, bytes)                                               \
-  attributes inline void run_piece(const Way<T, Element>& way, const Piece& piece, Way<T, Element>::Worker& worker) {  \
-    way.template run<positions, bytes>(piece, worker);                                                                 \
+#define INPAINT_RUN_PIECE(Way, T, Element, attributes, positions, bytes)                                              \
+  attributes inline void run_piece(const Way<T, Element>& way, const Piece& piece, Way<T, Element>::Worker& worker) { \
+    way.template run<positions, bytes>(piece, worker);                                                                \
   }
 #ifdef INPAINT_X86_VERSIONS
 #define INPAINT_RUN_PIECE_VERSIONS(Way, T, Element)                                                 \
@@ -511,6 +513,15 @@ __attribute__((target("arch=x86-64-v4"))) void run_piece(const DirectPairs& way,
 }
 #endif
 
+// Whether this CPU has AVX512_BF16.
+bool has_pair_products() {
+#ifdef INPAINT_X86_VERSIONS
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4");
+#else
+  return false;
+#endif
+}
+
 template <class Way, class Convolution>
 void run_pieces(const Convolution& convolution) {
   const Way way(convolution);
@@ -525,10 +536,11 @@ void run_pieces(const Convolution& convolution) {
 template <class T, class Element>
 void convolve_some_way(const Convolution<T, Element>& convolution) {
   if (convolution.batch == 0 || convolution.rows == 0) return;
-  if (Winograd<T, Element>::fits(convolution)) return run_pieces<Winograd<T, Element>>(convolution);
+  const bool pairs = std::is_same_v<Element, BFloatBits> && has_pair_products();
+  if (Winograd<T, Element>::pays(convolution, pairs)) return run_pieces<Winograd<T, Element>>(convolution);
 #ifdef INPAINT_X86_VERSIONS
   if constexpr (std::is_same_v<Element, BFloatBits>)
-    if (__builtin_cpu_supports("avx512bf16")) return run_pieces<DirectPairs>(convolution);
+    if (pairs) return run_pieces<DirectPairs>(convolution);
 #endif
   run_pieces<DirectSingle<T, Element>>(convolution);
 }

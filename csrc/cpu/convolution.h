@@ -62,9 +62,9 @@ struct Epilogue {
   bool gate_first;
   ActivationKind activation;
   T slope;
-  Map<Element> pre;             // gated: where the sums themselves go, if data is not null
-  const Element* residual;      // added last, laid out as y; null: none
-  PixelMap<T> scale, shift;     // sums * scale + bias * shift; data null: sums + bias
+  Map<Element> pre;          // gated: where the sums themselves go, if data is not null
+  const Element* residual;   // added last, laid out as y; null: none
+  PixelMap<T> scale, shift;  // sums * scale + bias * shift; data null: sums + bias
 };
 
 // The masks of partial convolutions: mask m covers the next segments[m] channels. Null: none.

@@ -83,10 +83,10 @@ Convolution<T, Element> convolution_of(const Tensor& x, const Tensor& weight, co
   convolution.bias = elements_or_null<Element>(bias);
   STD_TORCH_CHECK(weight.size(1) == x.size(1) && y.size(0) == x.size(0), "weight, y: the sizes do not fit x");
   STD_TORCH_CHECK(!bias || bias->numel() == convolution.rows, "bias: expected ", convolution.rows, " elements");
-  convolution.y = {x.size(2),          y.size(2),         weight.size(2),      geometry.stride_y,
-                   geometry.pad_top,   geometry.dilation_y, geometry.upsample, geometry.reflect};
-  convolution.x = {x.size(3),          y.size(3),         weight.size(3),      geometry.stride_x,
-                   geometry.pad_left,  geometry.dilation_x, geometry.upsample, geometry.reflect};
+  convolution.y = {x.size(2),        y.size(2),           weight.size(2),    geometry.stride_y,
+                   geometry.pad_top, geometry.dilation_y, geometry.upsample, geometry.reflect};
+  convolution.x = {x.size(3),         y.size(3),           weight.size(3),    geometry.stride_x,
+                   geometry.pad_left, geometry.dilation_x, geometry.upsample, geometry.reflect};
   return convolution;
 }
 

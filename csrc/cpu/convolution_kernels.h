@@ -175,9 +175,8 @@ INPAINT_INLINE void pack_planes(const Element* from, int64_t plane, int64_t chan
                                 int64_t count, Packed* to, int64_t stride) {
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t pixels = std::min<int64_t>(kChunk, count - i);
-    const bool neighbours =
-        pixels == kChunk && columns[i] >= 0 && columns[i + kChunk - 1] == columns[i] + kChunk - 1 &&
-        columns[i + 1] == columns[i] + 1;
+    const bool neighbours = pixels == kChunk && columns[i] >= 0 && columns[i + kChunk - 1] == columns[i] + kChunk - 1 &&
+                            columns[i + 1] == columns[i] + 1;
     for (int64_t c = 0; c < stride; c += kChunk) {
       Chunk<T> rows[kChunk] = {};
       for (int64_t j = 0; j < std::min<int64_t>(kChunk, channels - c); ++j) {
@@ -278,8 +277,8 @@ struct Runs {
   int64_t count, length, stride;
 };
 
-// sums[position][panel] = start[panel] + the products of all runs (with `accumulate`, all that is added), for `positions` x
-// `vectors` in registers: those `offset` inputs and `weight` weights on.
+// sums[position][panel] = start[panel] + the products of all runs (with `accumulate`, all that is added), for
+// `positions` x `vectors` in registers: those `offset` inputs and `weight` weights on.
 template <class Products, int positions, int bytes, int vectors, bool accumulate>
 INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
                                        int64_t panel, const typename Products::Sum* start,
@@ -345,7 +344,7 @@ INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, 
   }
 }
 
-// The same for an instruction set with vectors of `bytes`; a panel has 48, 32 or 16 columns.
+// The same for an instruction set with vectors of `bytes`; a panel has 48, 32, 16 or 8 columns.
 template <class Products, int positions, int bytes>
 INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight, int64_t panel,
                              const typename Products::Sum* start, typename Products::Sum* sums, bool accumulate) {
@@ -354,8 +353,10 @@ INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_
     multiply_panel<Products, positions, bytes, 3>(runs, offset, weight, panel, start, sums, accumulate);
   else if (panel % (2 * lanes) == 0)
     multiply_panel<Products, positions, bytes, 2>(runs, offset, weight, panel, start, sums, accumulate);
-  else
+  else if (panel % lanes == 0)
     multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, start, sums, accumulate);
+  else
+    multiply_panel<Products, positions, bytes / 2, 1>(runs, offset, weight, panel, start, sums, accumulate);
 }
 
 // ---- Winograd's F(m x m, 3 x 3) ----------------------------------------------------------------------------------
@@ -623,22 +624,23 @@ struct PanelChannels {
   int64_t panel, width;  // columns of the panel; of its features alone if gated, else the same
 };
 
-// to[pixel * stride + channel] = activation(features) * sigmoid(gate), the first `valid` channels; sums[pixel][features,
-// then gate].
+// to[pixel * stride + channel] = activation(features) * sigmoid(gate), the first `valid` channels;
+// sums[pixel][features, then gate].
 template <class T, ActivationKind kind, class Element>
 INPAINT_INLINE void gate_pixels(const PanelChannels& channels, int64_t pixels, const T* sums, T slope, Element* to,
                                 int64_t stride, int64_t valid) {
   for (int64_t p = 0; p < pixels; ++p, sums += channels.panel, to += stride)
     for (int64_t c = 0; c < valid; c += kChunk)
-      store_channels<T>(to + c,
-                        activate<T, kind>(load_chunk<T>(sums + c), slope) *
-                            sigmoid<T>(load_chunk<T>(sums + channels.width + c)),
-                        valid - c);
+      store_channels<T>(
+          to + c,
+          activate<T, kind>(load_chunk<T>(sums + c), slope) * sigmoid<T>(load_chunk<T>(sums + channels.width + c)),
+          valid - c);
 }
 
 template <class T, ActivationKind kind>
 INPAINT_INLINE void activate_pixels(int64_t count, T* sums, T slope) {
-  for (int64_t i = 0; i < count; i += kChunk) store_chunk<T>(sums + i, activate<T, kind>(load_chunk<T>(sums + i), slope));
+  for (int64_t i = 0; i < count; i += kChunk)
+    store_chunk<T>(sums + i, activate<T, kind>(load_chunk<T>(sums + i), slope));
 }
 
 // Calls `body` with the activation as a constant.

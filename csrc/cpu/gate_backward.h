@@ -43,10 +43,10 @@ INPAINT_INLINE void gate_backward_body(const GateBackward<T, Element>& job, int6
   });
 }
 
-#define INPAINT_GATE_BACKWARD(T, Element)                                                                            \
-  INPAINT_CLONES inline void gate_backward(const GateBackward<T, Element>& job, int64_t row, int64_t begin,          \
-                                           int64_t end) {                                                            \
-    gate_backward_body(job, row, begin, end);                                                                        \
+#define INPAINT_GATE_BACKWARD(T, Element)                                                                   \
+  INPAINT_CLONES inline void gate_backward(const GateBackward<T, Element>& job, int64_t row, int64_t begin, \
+                                           int64_t end) {                                                   \
+    gate_backward_body(job, row, begin, end);                                                               \
   }
 INPAINT_GATE_BACKWARD(float, float)
 INPAINT_GATE_BACKWARD(double, double)

@@ -14,8 +14,7 @@ void gated_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Ten
                   int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y, int64_t dilation_x,
                   int64_t upsample, bool reflect, const std::string& activation, double slope, bool gate_first,
                   Tensor y, const std::optional<Tensor>& pre) {
-  const ConvolutionArguments geometry{stride_y,   stride_x,   pad_top,  pad_left,
-                                      dilation_y, dilation_x, upsample, reflect};
+  const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, upsample, reflect};
   STD_TORCH_CHECK(weight.size(0) == 2 * y.size(1), "weight: expected two output channels for each of y");
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
     using T = decltype(sum);
@@ -45,8 +44,13 @@ void gated_conv2d_gate_backward(const Tensor& grad, const Tensor& pre, const std
     // Rows of neighbours in memory: the channels of a pixel, or those of a sample with their planes.
     const int64_t length = map.channels_last ? grad.size(1) : grad.size(1) * map.plane();
     const int64_t rows = length == 0 ? 0 : grad.numel() / length;
-    const GateBackward<T, Element> job{elements<Element>(grad), elements<Element>(pre), elements<Element>(grad_pre),
-                                       length, activation_kind(activation), static_cast<T>(slope), gate_first};
+    const GateBackward<T, Element> job{elements<Element>(grad),
+                                       elements<Element>(pre),
+                                       elements<Element>(grad_pre),
+                                       length,
+                                       activation_kind(activation),
+                                       static_cast<T>(slope),
+                                       gate_first};
     if (rows == 0) return;
     const int64_t rows_together = std::clamp<int64_t>(kGateElements / std::max<int64_t>(length, 1), 1, rows);
     const int64_t pieces = ceil_div(length, kGateElements);  // of a row
