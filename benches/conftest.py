@@ -1,7 +1,7 @@
 """Options and fixtures of the benchmarks.
 
-    pytest benches                                  everything, about half an hour on two cores
-    pytest benches -m "not slow"                    a few minutes
+    pytest benches                                  everything, more than an hour on two cores
+    pytest benches -m "not slow"                    about twenty minutes
     pytest benches -k "128x128-forward-peaked"      one race; the baseline always takes part
     pytest benches --peers DIR                      beside public ports, see peers.py
     pytest benches --benchmark-disable              only the gates: is every provider right?
@@ -38,7 +38,9 @@ CLOCK = ReplayClock()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("inpaint-kernels benchmarks")
     group.addoption("--peers", metavar="DIR", help="folder with checkouts of public ports (default: $INPAINT_PEERS)")
-    group.addoption("--race-seconds", type=float, default=30.0, help="about how long one race may take (default: 30)")
+    group.addoption(
+        "--race-seconds", type=float, help="about how long one race may take (default: 30, a layer of a network 4)"
+    )
     group.addoption("--race-rounds", type=int, help="rounds of every race, instead of --race-seconds")
 
 
@@ -120,11 +122,12 @@ def race(request: pytest.FixtureRequest, finished_races: dict[Case, RaceResult])
         if case not in finished_races:
             names = _selected_providers(request.session, case)
             config = request.config
+            seconds = config.getoption("--race-seconds")
             gates_only = config.getoption("--benchmark-disable")
             measurements, noise = harness.run_race(
                 [case.provider(name) for name in names],
                 case.tolerances,
-                seconds=config.getoption("--race-seconds"),
+                seconds=getattr(case, "race_seconds", 30.0) if seconds is None else seconds,
                 rounds=1 if gates_only else config.getoption("--race-rounds"),
             )
             finished_races[case] = RaceResult(case, measurements, noise)

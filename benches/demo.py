@@ -1,7 +1,8 @@
 """What ``make demo`` runs: real photos with real holes, filled with no weights, and the op timed on this machine.
 
-Writes a row of panels and the filled photo per scene as PNG, says where, and prints one table of naive PyTorch, the
-portable backend and the native kernel. The photos come with installed packages; nothing is downloaded.
+Writes a row of panels and the filled photo per scene as PNG, says where, and prints two tables: contextual attention
+by naive PyTorch, the portable backend and the native kernel, and a layer of a network for every convolution op beside
+the code of published modules. The photos come with installed packages; nothing is downloaded.
 
 ``python benches/demo.py --readme-picture benches/results/demo.jpg`` writes the picture of the README and ends.
 """
@@ -9,9 +10,11 @@ portable backend and the native kernel. The photos come with installed packages;
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+
+from benches import convolution_case as convolutions
+from benches import harness
 from inpaint_kernels import comparison, masks, panels
 from inpaint_kernels.images import Photo, read_photo, write_photo
 from inpaint_kernels.inpaint import fill_photo
@@ -161,6 +169,75 @@ README_SCENES = SCENES[:2]
 README_PANELS = ("input", "output")
 
 
+# --- convolutions --------------------------------------------------------------------------------------------------
+
+
+def _layer(network: str, name: str) -> tuple[str, convolutions.Layer]:
+    return network, next(layer for layer in convolutions.NETWORKS[network] if layer.name == name)
+
+
+LAYERS = (
+    _layer(convolutions.DEEPFILL_V2, "48to48-up"),
+    _layer(convolutions.GLCIC, "256to256-d4"),
+    _layer(convolutions.PCONV_UNET, "dec2-192to64"),
+)
+NAMES = (convolutions.EAGER, convolutions.PORTABLE, convolutions.OURS)
+LAYOUTS = ("", convolutions.CHANNELS_LAST)
+Measurements = Mapping[str, harness.Measurement]
+ConvolutionRace = tuple[convolutions.ConvolutionCase, Measurements]
+
+
+def race_convolution(case: convolutions.ConvolutionCase, rounds: int) -> Measurements:
+    """Published code, portable and native kernel in both memory layouts, correct first, then in turns."""
+    providers = [case.provider(name + layout) for name in NAMES for layout in LAYOUTS]
+    return harness.run_race(providers, case.tolerances, seconds=0, rounds=rounds)[0]
+
+
+def has_wrong_result(race: ConvolutionRace) -> bool:
+    return any(isinstance(measurement.failure, harness.WrongResultError) for measurement in race[1].values())
+
+
+def convolution_table(races: Sequence[ConvolutionRace]) -> Table:
+    """A row per op. Times are those of the quicker layout, memory that in NCHW."""
+    size, precision = races[0][0].size, races[0][0].precision
+    failures = dict.fromkeys(str(m.failure) for _, race in races for m in race.values() if m.failure is not None)
+    table = Table(
+        title=f"convolutions of networks for a {size} x {size} image, {precision}, each in its quicker memory layout",
+        caption="\n".join(["smaller: peak memory in NCHW of published code over that of the native kernel", *failures]),
+        caption_justify="left",
+    )
+    for heading in ("op", "layer"):
+        table.add_column(heading)
+    for heading in ("published", "portable", "native kernel", "difference", "faster", "smaller"):
+        table.add_column(heading, justify="right")
+    for case, race in races:
+        published, portable, ours = (_seconds(race, name) for name in NAMES)
+        native = race[convolutions.OURS]
+        table.add_row(
+            case.layer.op,
+            f"{case.network.split()[0]} {case.layer.name}",
+            *map(_milliseconds, (published, portable, ours)),
+            "-" if native.error is None else f"{native.error:.1e}",
+            f"{published / ours:.1f}x" if max(published, ours) < math.inf else "-",
+            _smaller(race[convolutions.EAGER].peak_extra_bytes, native.peak_extra_bytes),
+        )
+    return table
+
+
+def _seconds(race: Measurements, name: str) -> float:
+    """Of the quicker layout; infinite for what could not run."""
+    measured = (race[name + layout].wall for layout in LAYOUTS)
+    return min(statistics.median(wall) if wall else math.inf for wall in measured)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < math.inf else "cannot run"
+
+
+def _smaller(published: int | None, ours: int | None) -> str:
+    return f"{published / ours:.1f}x" if published and ours else "-"
+
+
 # --- the demo ------------------------------------------------------------------------------------------------------
 
 
@@ -180,15 +257,21 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(SCENES) + 1)
+        task = progress.add_task("", total=len(SCENES) + 1 + len(LAYERS))
         for index, scene in enumerate(SCENES):
             console.print(_fill_scene(scene, folder, _reporter(progress, task, index, scene.name)))
         case = comparison.Case(size=arguments.size)
         report = _reporter(progress, task, len(SCENES), "contextual_attention")
         rows = comparison.compare(case, rounds=arguments.rounds, progress=report)
+        races: list[ConvolutionRace] = []
+        for network, layer in LAYERS:
+            _reporter(progress, task, len(SCENES) + 1 + len(races), layer.op)(0.0, network)
+            of_layer = convolutions.ConvolutionCase(network, layer, arguments.image, convolutions.FLOAT32)
+            races.append((of_layer, race_convolution(of_layer, arguments.rounds)))
     console.print(f"\nPanels and filled photos are in {folder.resolve()}\n")
     console.print(comparison.comparison_table(case, rows))
-    if any(row.wrong for row in rows):
+    console.print(convolution_table(races))
+    if any(row.wrong for row in rows) or any(map(has_wrong_result, races)):
         raise SystemExit("A result differs from the float64 reference.")
 
 
@@ -196,6 +279,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the PNG files")
     parser.add_argument("--size", type=int, default=96, help="side of the feature map of the table")
+    parser.add_argument("--image", type=int, default=256, help="side of the image of the convolutions' table")
     parser.add_argument("--rounds", type=int, default=5, help="how often the table's providers take turns")
     parser.add_argument("--readme-picture", type=Path, metavar="FILE", help="write only the picture of the README")
     return parser.parse_args()

@@ -6,7 +6,7 @@
 
 Reads ``benches/results/*.json`` as pytest-benchmark wrote them (``--benchmark-json``); of a case that several files
 hold, the newest race counts. Public ports run in both memory layouts: the better figure of each kind is shown. Ratios
-are medians over the rounds of one race.
+are medians over the rounds of one race. Convolutions are summed over the network that they are layers of.
 
 The GPU tables are made of ``results/gpu_evidence.json`` (evidence.py) and of the runs in ``results/<gpu>/`` (gpu.py): a
 figure that was measured on a GPU is shown only where such a run is committed.
@@ -29,6 +29,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
+EAGER, COMPILED = "eager", "torch.compile"
 OWN = (OURS, "portable", NAIVE, "naive compiled")
 YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
@@ -84,8 +85,8 @@ class Contender:
         return self.name not in OWN and not self.name.startswith(YARDSTICK)
 
     def times_slower_than(self, other: Contender) -> float:
-        """Median over the rounds; the better layout of this one."""
-        (quicker,) = other.entries
+        """Median over the rounds; the better layout of each."""
+        quicker = min(other.entries, key=lambda entry: entry.wall_median)
         return min(
             statistics.median(mine / theirs for mine, theirs in zip(entry.wall, quicker.wall, strict=True))
             for entry in self.entries
@@ -117,9 +118,13 @@ def load(paths: Iterable[Path]) -> Races:
 
 
 def full_tables(races: Races) -> str:
-    """One table per race."""
+    """One table per race; those of a network's layers in one table."""
     parts = []
+    for layers in networks(races):
+        parts += [f"### {_network_title(layers)}", "", _layer_table(layers), ""]
     for case, contenders in races.items():
+        if _is_layer(contenders):
+            continue
         facts = _facts(contenders)
         ours = contenders.get(OURS)
         rows = [
@@ -146,8 +151,15 @@ def full_tables(races: Races) -> str:
 
 
 def summary(races: Races) -> str:
-    """The table for the README: the larger cases, and the comparison that comes out worst for us."""
-    races = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == SUMMARY_OP}
+    """The tables for the README: contextual attention, and the convolutions of whole networks."""
+    layers = {case: contenders for case, contenders in races.items() if _is_layer(contenders)}
+    attention = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == SUMMARY_OP}
+    parts = [_attention_summary(attention)] if attention or not layers else []
+    return "\n\n".join([*parts, _network_summary(layers)] if layers else parts)
+
+
+def _attention_summary(races: Races) -> str:
+    """The larger cases, and the comparison that comes out worst for us."""
     chosen = [
         contenders
         for contenders in races.values()
@@ -217,7 +229,8 @@ def provenance_line(races: Races) -> str:
         f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}, {s['date'].split()[0]}"
         for s in sources
     }
-    return "Measured on " + "; ".join(sorted(lines)) + ". Median wall times of interleaved rounds, float32."
+    precisions = " and ".join(sorted({_facts(contenders).get("precision", "float32") for contenders in races.values()}))
+    return "Measured on " + "; ".join(sorted(lines)) + f". Median wall times of interleaved rounds, {precisions}."
 
 
 def _facts(contenders: dict[str, Contender]) -> dict[str, Any]:
@@ -253,6 +266,154 @@ def update_between_markers(document: str, text: str, begin: str = BEGIN, end: st
     return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
+# Networks ------------------------------------------------------------------------------------------------------------
+
+Layers = Sequence[dict[str, Contender]]
+
+
+def networks(races: Races) -> list[Layers]:
+    """The races of convolutions by network, size and precision, each a list of the network's distinct layers."""
+    found: dict[tuple[str, int, str], list[dict[str, Contender]]] = defaultdict(list)
+    for contenders in races.values():
+        if _is_layer(contenders):
+            facts = _facts(contenders)
+            found[facts["network"], facts["size"], facts["precision"]].append(contenders)
+    return [layers for _, layers in sorted(found.items(), key=lambda item: item[0][:2])]
+
+
+def network_seconds(layers: Layers, provider: str) -> float | None:
+    """Seconds for all convolutions in the better layout, the same one throughout; None if a layer has no time."""
+    sums = [_seconds_in_layout(layers, provider + layout) for layout in ("", LAYOUT)]
+    return min((total for total in sums if total is not None), default=None)
+
+
+def _seconds_in_layout(layers: Layers, provider: str) -> float | None:
+    entries = [_entry(contenders, provider) for contenders in layers]
+    known = [entry for entry in entries if entry is not None]
+    if len(known) < len(entries):
+        return None
+    return sum(entry.facts.get("count", 1) * entry.wall_median for entry in known)
+
+
+def _entry(contenders: dict[str, Contender], provider: str) -> Entry | None:
+    """The entry of a provider whose name has the layout in it."""
+    entries = (entry for contender in contenders.values() for entry in contender.entries)
+    return next((entry for entry in entries if entry.provider == provider), None)
+
+
+def _is_layer(contenders: dict[str, Contender]) -> bool:
+    return "network" in _facts(contenders)
+
+
+def _network_title(layers: Layers) -> str:
+    facts = _facts(layers[0])
+    present, number = sum(_facts(contenders)["count"] for contenders in layers), facts["convolutions"]
+    convolutions = f"{number} convolutions" if present == number else f"{present} of {number} convolutions"
+    return f"{facts['network']}, {convolutions}, {facts['size']}x{facts['size']}, {facts['precision']}"
+
+
+def _network_summary(races: Races) -> str:
+    """A row per network, size and precision: sums over its convolutions, and the layer that comes out worst for us."""
+    header = (
+        "convolutions of a network",
+        "published code",
+        "the same by torch.compile",
+        "ours",
+        "speed-up over them",
+        "on the worst layer over torch.compile",
+        "most extra memory of the three",
+    )
+    rows = [_network_row(layers) for layers in networks(races)]
+    note = (
+        "Each distinct layer raced alone, times how often the network has it; all layers in NCHW or all in "
+        "channels_last, whichever is the quicker of the two for each column."
+    )
+    return "\n".join([_table(header, rows), "", f"{provenance_line(races)} {note}"])
+
+
+def _network_row(layers: Layers) -> tuple[str, ...]:
+    ours = network_seconds(layers, OURS)
+    rivals = [network_seconds(layers, name) for name in (EAGER, COMPILED)]
+    return (
+        _network_title(layers),
+        *("-" if rival is None else _seconds(rival) for rival in rivals),
+        "-" if ours is None else f"**{_seconds(ours)}**",
+        " / ".join(_ratio(rival, ours) for rival in rivals),
+        _worst_layer(layers),
+        " / ".join(_mebibytes(_most_memory(layers, name)) for name in (EAGER, COMPILED, OURS)),
+    )
+
+
+def _worst_layer(layers: Layers) -> str:
+    ratios = [
+        (contenders[COMPILED].times_slower_than(contenders[OURS]), _facts(contenders)["layer"])
+        for contenders in layers
+        if COMPILED in contenders and OURS in contenders
+    ]
+    return "{:.2f}x ({})".format(*min(ratios)) if ratios else "-"
+
+
+def _most_memory(layers: Layers, provider: str) -> float | None:
+    peaks = [contenders[provider].peak_mib for contenders in layers if provider in contenders]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _layer_table(layers: Layers, ceilings: dict[str, Any] | None = None) -> str:
+    """A row per distinct layer, and their sum; a column per provider and layout."""
+    entries = (entry for contenders in layers for contender in contenders.values() for entry in contender.entries)
+    providers = list(dict.fromkeys(entry.provider for entry in entries))
+    header = (
+        "layer",
+        "times",
+        *providers,
+        f"{EAGER} / ours",
+        f"{COMPILED} / ours",
+        f"extra memory {EAGER} / {COMPILED} / ours",
+        "error of ours",
+        "noise",
+        *(() if ceilings is None else ("ours / floor",)),
+    )
+    rows = [_layer_row(contenders, providers, ceilings) for contenders in layers]
+    return _table(header, [*rows, _layer_sum(layers, providers, ceilings)])
+
+
+def _layer_row(
+    contenders: dict[str, Contender], providers: Sequence[str], ceilings: dict[str, Any] | None
+) -> tuple[str, ...]:
+    facts, ours = _facts(contenders), contenders.get(OURS)
+    entries = [_entry(contenders, provider) for provider in providers]
+    rivals = [contenders.get(name) for name in (EAGER, COMPILED)]
+    return (
+        facts["layer"],
+        str(facts["count"]),
+        *("-" if entry is None else _seconds(entry.wall_median) for entry in entries),
+        *("-" if ours is None or rival is None else f"{rival.times_slower_than(ours):.2f}x" for rival in rivals),
+        " / ".join("-" if contender is None else _mebibytes(contender.peak_mib) for contender in (*rivals, ours)),
+        "-" if ours is None else _largest_error(ours),
+        "" if facts["noise"] is None else f"{facts['noise']:.0%}",
+        *(() if ceilings is None else (_ratio(None if ours is None else ours.wall, floor(facts, ceilings)),)),
+    )
+
+
+def _layer_sum(layers: Layers, providers: Sequence[str], ceilings: dict[str, Any] | None) -> tuple[str, ...]:
+    sums = [_seconds_in_layout(layers, provider) for provider in providers]
+    ours, *rivals = (network_seconds(layers, name) for name in (OURS, EAGER, COMPILED))
+    facts = [_facts(contenders) for contenders in layers]
+    least = None if ceilings is None else sum(of_layer["count"] * floor(of_layer, ceilings) for of_layer in facts)
+    return (
+        "all",
+        str(sum(of_layer["count"] for of_layer in facts)),
+        *("-" if seconds is None else _seconds(seconds) for seconds in sums),
+        *(_ratio(rival, ours) for rival in rivals),
+        *("", "", ""),
+        *(() if least is None else (_ratio(ours, least),)),
+    )
+
+
+def _ratio(seconds: float | None, other: float | None) -> str:
+    return "-" if seconds is None or other is None else f"{seconds / other:.2f}x"
+
+
 # GPU -----------------------------------------------------------------------------------------------------------------
 
 
@@ -268,14 +429,18 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
     """Ours at every GPU size: the floor, and what the run in a folder measured."""
     races = {} if run is None else load(sorted(run.glob("*.json")))
     ceilings = _ceilings(run) or H200_DATASHEET
-    rows = []
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for facts in cases:
-        ours = races.get(f"{facts['op']}, {facts['case']}", {}).get(OURS)
-        least = floor(facts, ceilings)
-        measured = (NOT_YET, "", "")
-        if ours is not None:
-            measured = (f"**{_seconds(ours.wall)}**", f"{ours.wall / least:.1f}x", _mebibytes(ours.peak_mib))
-        rows.append((_gpu_title(facts), _seconds(least), _seconds(prediction(facts, ceilings)), *measured))
+        groups[_gpu_group(facts)].append(facts)
+    rows = []
+    for title, group in groups.items():
+        least = sum(facts.get("count", 1) * floor(facts, ceilings) for facts in group)
+        predicted = sum(facts.get("count", 1) * prediction(facts, ceilings) for facts in group)
+        raced = [races.get(f"{facts['op']}, {facts['case']}", {}) for facts in group]
+        wall, measured = network_seconds(raced, OURS), (NOT_YET, "", "")
+        if wall is not None:
+            measured = (f"**{_seconds(wall)}**", f"{wall / least:.1f}x", _mebibytes(_most_memory(raced, OURS)))
+        rows.append((title, _seconds(least), _seconds(predicted), *measured))
     header = ("ours on a GPU", "floor", "predicted", "measured", "measured / floor", "extra memory")
     if run is None or not races:
         source = "Not measured on a GPU yet; `make gpu` does. Floors are those of an H200's datasheet"
@@ -287,6 +452,14 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
         "which decide the small cases."
     )
     return f"{_table(header, rows)}\n\n{note}"
+
+
+def _gpu_group(facts: dict[str, Any]) -> str:
+    """The row that a case belongs to: one of its own, or that of all layers of its network."""
+    if "network" not in facts:
+        return _gpu_title(facts)
+    side, number = facts["size"], facts["convolutions"]
+    return f"{facts['network']}, {number} convolutions, {side}x{side} image, {facts['precision']}"
 
 
 def floor(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
@@ -374,7 +547,10 @@ def gpu_page(run: Path) -> str:
             "longer of a case's operations over that rate and its bytes over that bandwidth."
         )
     races = load(sorted(run.glob("*.json")))
-    rows = [row for contenders in races.values() for row in _gpu_rows(contenders, ceilings)]
+    for layers in networks(races):
+        sections += [f"## {_network_title(layers)}", _layer_table(layers, ceilings)]
+    alone = [contenders for contenders in races.values() if not _is_layer(contenders)]
+    rows = [row for contenders in alone for row in _gpu_rows(contenders, ceilings)]
     if rows:
         header = ("case", "provider", "time", "time / ours", "time / floor", "extra memory", "error", "noise")
         sections.append(_table(header, rows))
@@ -429,7 +605,7 @@ def plot(races: Races, path: Path) -> None:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for contenders in races.values():
         facts = _facts(contenders)
-        drawn = (facts["op"], facts["family"], facts["direction"]) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
+        drawn = (facts["op"], facts.get("family"), facts["direction"]) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
         if drawn and facts["queries"] == facts["keys"]:
             for contender in contenders.values():
                 points[contender.name].append((facts["keys"], contender.wall))

@@ -16,8 +16,19 @@ import torch
 from torch import Tensor
 
 from benches import bench_contextual_attention as bench
-from benches import harness, peers, report
+from benches import convolution_case, gpu_convolutions, harness, peers, report
 from benches.bench_contextual_attention import AttentionCase
+from benches.convolution_case import (
+    BFLOAT16,
+    DEEPFILL_V2,
+    FLOAT32,
+    GLCIC,
+    NETWORKS,
+    PCONV_UNET,
+    PROVIDERS,
+    ConvolutionCase,
+    Layer,
+)
 from inpaint_kernels.reference import contextual_attention as reference
 
 EXACT = (torch.arange(4.0),)
@@ -217,6 +228,154 @@ def test_a_race_from_the_command_line_to_the_report(tmp_path: Path) -> None:
     assert {b["extra_info"]["figure"] for b in benchmarks} == {"seconds", "ratio to naive"}
 
 
+# Cases of convolutions -----------------------------------------------------------------------------------------------
+
+OWN_PROVIDERS = [name for name in PROVIDERS if not name.startswith(convolution_case.COMPILED)]
+OF_EVERY_KIND = {
+    DEEPFILL_V2: ("5to48-k5", "24to48-s2", "96to192-relu", "96to192-d16", "48to48-up", "12to3"),
+    GLCIC: ("256to256-d2",),
+    PCONV_UNET: ("enc1-3to64-k7-s2", "dec1-67to3"),
+}
+LAYERS = [
+    pytest.param(network, layer, id=layer.name)
+    for network, names in OF_EVERY_KIND.items()
+    for layer in NETWORKS[network]
+    if layer.name in names
+]
+
+
+@pytest.mark.parametrize(
+    ("network", "convolutions", "parameters", "flops"),
+    [
+        (DEEPFILL_V2, 42, 4_052_478, 202e9),  # both figures as they are published
+        (GLCIC, 4, 4 * (256 * 256 * 9 + 256), 77.3e9),
+        (PCONV_UNET, 14, 25_770_964, 75.8e9),
+    ],
+)
+def test_the_tables_are_the_networks(network: str, convolutions: int, parameters: int, flops: float) -> None:
+    layers = NETWORKS[network]
+    facts = [ConvolutionCase(network, layer, 512, FLOAT32).facts() for layer in layers]
+    counts = [layer.count for layer in layers]
+    weights = [x.inputs * x.outputs * x.kernel**2 + (x.outputs if x.bias else 0) for x in layers]
+    assert sum(counts) == convolutions == facts[0]["convolutions"]
+    assert sum(n * of_layer for n, of_layer in zip(counts, weights, strict=True)) == parameters
+    assert sum(n * of_layer["flops"] for n, of_layer in zip(counts, facts, strict=True)) == pytest.approx(
+        flops, rel=0.01
+    )
+    assert len({layer.name for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(("network", "layer"), LAYERS)
+def test_every_provider_of_a_layer_is_right(network: str, layer: Layer, precision: str) -> None:
+    case = ConvolutionCase(network, layer, 32, precision)
+    for name in [*OWN_PROVIDERS, convolution_case.PORTABLE]:
+        outputs = case.provider(name).run()
+        errors = harness.relative_errors(convolution_case.gated_rows(case, outputs), convolution_case.expected(case))
+        assert all(error <= most for error, most in zip(errors, case.tolerances, strict=True)), name
+        layout = torch.channels_last if name.endswith(convolution_case.CHANNELS_LAST) else torch.contiguous_format
+        assert outputs[0].is_contiguous(memory_format=layout), name
+        assert outputs[0].dtype == case.dtype
+
+
+@pytest.mark.parametrize(("network", "layer"), LAYERS)
+def test_the_compared_rows_are_those_of_the_whole(network: str, layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ConvolutionCase(network, layer, 96, FLOAT32)
+    inputs = convolution_case.in_float64(convolution_case.make_inputs(case, channels_last=False))
+    whole = convolution_case.our_op(layer, "reference", inputs)
+    monkeypatch.setattr(convolution_case, "LARGEST_FULLY_GATED_SIZE", 0)
+    monkeypatch.setattr(convolution_case, "GATED_ROWS", 2)
+    strips = convolution_case.expected.__wrapped__(case)
+    assert strips[0].shape[2] == 6 < case.output_side == whole[0].shape[2]
+    for strip, rows in zip(strips, convolution_case.gated_rows(case, whole), strict=True):
+        assert torch.allclose(strip, rows, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_mistaken_layer_does_not_pass_the_gate(network: str) -> None:
+    case = ConvolutionCase(network, NETWORKS[network][0], 32, BFLOAT16)
+    right = case.provider("ours")
+    provider = harness.Provider("shifted", lambda: tuple(x.roll(1, -1) for x in right.run()), right.expected)
+    measurements, _ = harness.run_race([provider], case.tolerances, seconds=0, rounds=1)
+    assert isinstance(measurements["shifted"].failure, harness.WrongResultError)
+
+
+def test_a_layer_from_the_command_line_to_the_report(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-m", "pytest", "benches/bench_gated_conv2d.py", "-q", "-p", "no:cacheprovider"]
+    selection = ["-k", "seconds and 256-float32-12to3 and not compile", "--race-rounds", "2"]
+    done = subprocess.run(
+        [*command, *selection, f"--benchmark-json={output}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (layers,) = report.networks(report.load([output]))
+    assert set(layers[0]) == {"eager", "ours"}
+    assert [entry.provider for entry in layers[0]["ours"].entries] == ["ours", "ours channels_last"]
+    assert "2 of 42 convolutions, 256x256, float32" in report.full_tables(report.load([output]))
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_is_compiled_once_per_layout() -> None:
+    case = ConvolutionCase(DEEPFILL_V2, NETWORKS[DEEPFILL_V2][0], 16, FLOAT32)
+    field = [case.provider(name) for name in PROVIDERS if name.startswith(convolution_case.COMPILED)]
+    torch._dynamo.utils.counters.clear()
+    measurements, _ = harness.run_race(field, case.tolerances, seconds=0, rounds=3)
+    assert {name: m.failure for name, m in measurements.items()} == dict.fromkeys(measurements)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+# Convolutions on a GPU -----------------------------------------------------------------------------------------------
+
+
+def test_gpu_convolutions_are_all_layers_in_all_precisions() -> None:
+    cases = gpu_convolutions.cases()
+    assert len({(case.network, str(case)) for case in cases}) == len(cases) == 3 * sum(map(len, NETWORKS.values()))
+    assert {case.device for case in cases} == {"cuda"}
+    for case in cases:
+        facts = case.facts()
+        assert facts["our_flops"] >= facts["flops"]
+        assert facts["our_bytes"] >= facts["bytes"]
+        assert facts["our_flops"] < 8 * facts["flops"]  # 3 output channels take a tile of 16
+        assert case.is_dilated == ("eager deterministic" in case.provider_names)
+
+
+def test_settings_of_a_gpu_case_hold_during_its_calls_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn: Any = torch.backends.cudnn
+    seen = []
+
+    def forward(inputs: convolution_case.Inputs) -> harness.Outputs:
+        seen.append((cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32))
+        return EXACT
+
+    case = gpu_convolutions.GpuConvolutionCase(GLCIC, NETWORKS[GLCIC][0], 32, "tf32", device="cpu")
+    monkeypatch.setattr(ConvolutionCase, "forward", lambda self, name: forward)
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    for name in ("eager", "eager deterministic channels_last"):
+        case.provider(name).run()
+    assert seen == [(False, True, True), (True, False, True)]
+    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize(("name", "inside"), [("ours in GEMM", True), ("ours behind cuDNN", False)])
+def test_a_way_is_forced_during_the_call_only(name: str, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inpaint_kernels.triton_kernels import dilated_conv2d as module
+
+    rule, seen = module.in_gemm, []
+
+    def forward(inputs: convolution_case.Inputs) -> harness.Outputs:
+        seen.append(module.in_gemm(*[None] * 2)[0])  # type: ignore[arg-type]
+        return EXACT
+
+    case = gpu_convolutions.GpuConvolutionCase(GLCIC, NETWORKS[GLCIC][0], 32, FLOAT32, device="cpu")
+    monkeypatch.setattr(ConvolutionCase, "forward", lambda self, name: forward)
+    case.provider(f"{name} channels_last").run()
+    assert seen == [inside]
+    assert module.in_gemm is rule
+
+
 # Report --------------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +478,82 @@ def test_plot_and_missing_results(results: Path, tmp_path: Path) -> None:
     empty.write_text(json.dumps({"datetime": "2026-01-01", "benchmarks": []}))
     with pytest.raises(SystemExit, match="no results in"):
         report.main([str(empty)])
+
+
+def stored_layer(name: str, count: int, provider: str, wall: list[float], **facts: Any) -> dict[str, Any]:
+    of_layer: dict[str, Any] = {
+        "op": "gated_conv2d",
+        "network": "a network",
+        "convolutions": 3,
+        "layer": name,
+        "count": count,
+        "size": 512,
+        "precision": "bfloat16",
+    }
+    return stored(f"512-bfloat16-{name}", provider, wall, **of_layer, **facts)
+
+
+@pytest.fixture
+def network_results(tmp_path: Path) -> Path:
+    """Two layers: the first, which occurs twice, is quicker in NCHW, the second in channels_last."""
+    race = [
+        stored_layer("a", 2, "eager", [0.2, 0.3, 0.2]),
+        stored_layer("a", 2, "eager channels_last", [0.3, 0.3, 0.3]),
+        stored_layer("a", 2, "torch.compile channels_last", [0.1, 0.1, 0.1], peak_extra_mib=300.0),
+        stored_layer("a", 2, "ours", [0.2, 0.2, 0.2]),
+        stored_layer("a", 2, "ours channels_last", [0.125, 0.125, 0.125], peak_extra_mib=50.0),
+        stored_layer("b", 1, "eager", [1.0, 1.0, 1.0], peak_extra_mib=500.0),
+        stored_layer("b", 1, "eager channels_last", [0.6, 0.6, 0.6], peak_extra_mib=400.0),
+        stored_layer("b", 1, "torch.compile channels_last", [0.5, 0.5, 0.5]),
+        stored_layer("b", 1, "ours", [0.2, 0.2, 0.2]),
+        stored_layer("b", 1, "ours channels_last", [0.25, 0.25, 0.25]),
+    ]
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps({"datetime": "2026-01-03", "benchmarks": race}))
+    return path
+
+
+def test_a_network_is_summed_in_one_layout(network_results: Path) -> None:
+    """Published code: 2 x 0.2 + 1 or 2 x 0.3 + 0.6; ours 2 x 0.2 + 0.2 or 2 x 0.125 + 0.25, not 2 x 0.125 + 0.2."""
+    (layers,) = report.networks(report.load([network_results]))
+    assert report.network_seconds(layers, "eager") == pytest.approx(1.2)
+    assert report.network_seconds(layers, "torch.compile") == pytest.approx(0.7)
+    assert report.network_seconds(layers, "ours") == pytest.approx(0.5)
+    assert report.network_seconds(layers, "absent") is None
+    assert report.network_seconds([*layers, {"ours": layers[0]["ours"]}], "eager") is None
+
+
+def test_the_summary_of_a_network_names_its_worst_layer(network_results: Path) -> None:
+    row = report.summary(report.load([network_results])).splitlines()[2]
+    assert row == (
+        "| a network, 3 convolutions, 512x512, bfloat16 | 1.2 s | 700 ms | **500 ms** | 2.40x / 1.40x | 0.80x (a) | "
+        "400 MiB / 300 MiB / 100 MiB |"
+    )
+
+
+def test_the_summary_has_both_tables(results: Path, network_results: Path) -> None:
+    text = report.summary(report.load([results, network_results]))
+    assert text.startswith("| contextual attention |")
+    assert "\n\n| convolutions of a network |" in text
+    assert "interleaved rounds, float32." in text
+    assert "interleaved rounds, bfloat16." in text
+
+
+def test_layers_are_rows_of_one_table(network_results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(network_results)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "### a network, 3 convolutions, 512x512, bfloat16" in lines
+    times = "200 ms | 300 ms | 100 ms | 200 ms | 125 ms | 1.60x | 0.80x"
+    assert f"| a | 2 | {times} | 100 MiB / 300 MiB / 50 MiB | 1e-06 | 2% |" in lines
+    assert "| all | 3 | 1.4 s | 1.2 s | 700 ms | 600 ms | 500 ms | 2.40x | 1.40x |  |  |  |" in lines
+
+
+def test_a_network_on_a_gpu_is_one_row(tmp_path: Path) -> None:
+    cases = [dict(case.facts()) for case in gpu_convolutions.cases() if case.network == GLCIC]
+    table = report._gpu_times(cases, None)
+    assert table.count("| GLCIC dilated layers, 4 convolutions, 2000x2000 image,") == 3
+    floors = [report.floor(facts, report.H200_DATASHEET) for facts in cases if facts["precision"] == "tf32"]
+    assert f"image, tf32 | {1e3 * sum(floors):.3g} ms |" in table
 
 
 # Foreign files -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""Dilated convolutions: the four of GLCIC (rates 2 to 16), ours, published code, and the same compiled.
+
+Two threads, float32 and bfloat16, an image of 512x512, whose layers have 256 channels of 128x128::
+
+    pytest benches/bench_dilated_conv2d.py -k "seconds and 512-float32" --race-seconds 4
+    ... --benchmark-json=benches/results/dilated_conv2d_512_float32.json
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benches.conftest import CLOCK, Race
+from benches.convolution_case import GLCIC, ConvolutionCase, cases_of
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+pytestmark = pytest.mark.benchmark(timer=CLOCK)
+
+CASES = cases_of(GLCIC, sizes=(512,))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    needs_baseline = metafunc.function is test_ratio_to_eager
+    parameters = [
+        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
+        for case in CASES
+        for name in case.provider_names
+        if not needs_baseline or case.baseline != name
+    ]
+    metafunc.parametrize(("case", "provider"), parameters)
+
+
+def test_seconds(case: ConvolutionCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:
+    race(case).replay_seconds(provider, benchmark)
+
+
+def test_ratio_to_eager(case: ConvolutionCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:
+    race(case).replay_ratio(provider, benchmark)
