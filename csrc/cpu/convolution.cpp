@@ -24,7 +24,8 @@ constexpr int64_t kRowBytes = 256 << 10;     // packed input rows of a strip
 constexpr int64_t kWeightBytes = 192 << 10;  // weights that one pass over a strip multiplies with
 constexpr int64_t kTileBytes = 384 << 10;    // Winograd's transformed inputs
 constexpr int64_t kMostTiles = 64;
-constexpr int64_t kBands = 8;  // pieces of the height, for threads to share
+constexpr int64_t kPackedChannels = 32;  // whose weights one task packs
+constexpr int64_t kBands = 8;            // pieces of the height, for threads to share
 constexpr int64_t kSmallestBand = 2, kLargestBand = 32;
 // Fewer channels than this and Winograd's transforms cost more than they save: beside products one by one, and beside
 // pairs of bfloat16.
@@ -82,6 +83,20 @@ struct PackedWeights {
   int64_t panel_size;
 };
 
+// The taps of kChunk channels in kChunk columns, lines[channel * taps + tap][column]; those of one column are
+// neighbours in memory, so they are read as they lie and transposed.
+template <class T, class Element>
+void load_kernels(const Element* const* rows, int64_t first, int64_t channels, int64_t taps, T* lines) {
+  const int64_t end = channels * taps;
+  for (int64_t at = first * taps; at < (first + kChunk) * taps; at += kChunk, lines += kChunk * kChunk) {
+    Chunk<T> block[kChunk] = {};
+    for (int64_t n = 0; n < kChunk; ++n)
+      if (rows[n] != nullptr && at < end) block[n] = load_channels<T>(rows[n] + at, end - at);
+    transpose(block);
+    for (int64_t i = 0; i < kChunk; ++i) store_chunk<T>(lines + i * kChunk, block[i]);
+  }
+}
+
 // `transform(kernel [taps], to [products])` turns the taps of a channel into what is multiplied, for kChunk columns at
 // once.
 template <class Products, class Element, class Transform>
@@ -96,32 +111,38 @@ PackedWeights<Products> pack_weights(const Convolution<typename Products::Sum, E
   PackedWeights<Products> packed{Buffer<Packed>(panels.count() * size, stride != channels),
                                  Buffer<T>(panels.count() * columns), Buffer<T>(panels.count() * columns), size};
   const bool scaled = convolution.epilogue.scale.data != nullptr;
-  const int64_t groups = columns / kChunk;
-  run_tasks(panels.count() * groups, products * stride * kChunk, [&](int64_t, int64_t task) {
-    const int64_t panel = task / groups, first = task % groups * kChunk;
+  for (int64_t i = 0; i < panels.count() * columns; ++i) {
+    const int64_t row = panels.row(i / columns, i % columns);
+    packed.bias[i] = row >= 0 && convolution.bias != nullptr ? load_one<T>(convolution.bias + row) : T(0);
+    packed.start[i] = scaled ? T(0) : packed.bias[i];
+  }
+  const int64_t blocks = ceil_div(channels, kPackedChannels);
+  run_tasks(panels.count() * blocks, products * kPackedChannels * columns, [&](int64_t, int64_t task) {
+    const int64_t panel = task / blocks, first = task % blocks * kPackedChannels;
     Packed* to = packed.weights.get() + panel * size;
-    const Buffer<T> kernel(taps * kChunk), values(products * kChunk);
-    std::fill_n(kernel.get(), taps * kChunk, T(0));
-    for (int64_t lane = 0; lane < kChunk; ++lane) {
-      const int64_t row = panels.row(panel, first + lane);
-      const bool biased = row >= 0 && convolution.bias != nullptr;
-      const int64_t column = panel * columns + first + lane;
-      packed.bias[column] = biased ? load_one<T>(convolution.bias + row) : T(0);
-      packed.start[column] = scaled ? T(0) : packed.bias[column];
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t lane = 0; lane < kChunk; ++lane) {
-        const int64_t row = panels.row(panel, first + lane);
-        const Element* from = convolution.weight + (row * channels + c) * taps;
-        for (int64_t tap = 0; row >= 0 && tap < taps; ++tap) kernel[tap * kChunk + lane] = load_one<T>(from + tap);
-      }
-      transform(kernel.get(), values.get());
-      for (int64_t i = 0; i < products; ++i) {
-        const int64_t inner = i * stride + c;
-        Packed* column = to + (inner / depth * columns + first) * depth + inner % depth;
-        Packed lanes[kChunk];
-        store_chunk<T>(lanes, load_chunk<T>(values.get() + i * kChunk));
-        for (int64_t lane = 0; lane < kChunk; ++lane) column[lane * depth] = lanes[lane];
+    const Buffer<T> lines(taps * kChunk * kChunk), values(products * kChunk);
+    for (int64_t begin = first; begin < std::min(channels, first + kPackedChannels); begin += kChunk) {
+      for (int64_t column = 0; column < columns; column += kChunk) {
+        const Element* rows[kChunk];
+        for (int64_t lane = 0; lane < kChunk; ++lane) {
+          const int64_t row = panels.row(panel, column + lane);
+          rows[lane] = row < 0 ? nullptr : convolution.weight + row * channels * taps;
+        }
+        load_kernels<T>(rows, begin, channels, taps, lines.get());
+        for (int64_t c = begin; c < std::min(channels, begin + kChunk); ++c) {
+          transform(lines.get() + (c - begin) * taps * kChunk, values.get());
+          for (int64_t i = 0; i < products; ++i) {
+            const int64_t inner = i * stride + c;
+            Packed* target = to + (inner / depth * columns + column) * depth + inner % depth;
+            if constexpr (depth == 1) {
+              store_chunk<T>(target, load_chunk<T>(values.get() + i * kChunk));
+            } else {
+              Packed lanes[kChunk];
+              store_chunk<T>(lanes, load_chunk<T>(values.get() + i * kChunk));
+              for (int64_t lane = 0; lane < kChunk; ++lane) target[lane * depth] = lanes[lane];
+            }
+          }
+        }
       }
     }
   });

@@ -1,0 +1,157 @@
+"""The CPU kernel behind gated_conv2d, dilated_conv2d and partial_conv2d: its two ways, its tiles, its conversions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inpaint_kernels import _native, dilated_conv2d, gated_conv2d, partial_conv2d
+from tests.compare import FLOOR, relative_error
+from tests.convolutions import LAYOUTS
+
+pytestmark = pytest.mark.skipif(
+    not _native.available("gated_conv2d", "CPU"), reason=str(_native.why_not("gated_conv2d", "CPU"))
+)
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What rounding once may cost; float32 sums of a few hundred products.
+LIMIT = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+SETTINGS = 60
+
+
+def some_setting(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
+    """x, weight, bias and geometry; channels and sizes around what panels, tiles, chunks and strips are made of."""
+    choose = random.Random(f"{seed} {dtype}")
+    generator = torch.Generator().manual_seed(seed)
+    channels, rows = choose.choice([1, 3, 5, 16, 17, 24, 32, 48, 96]), 2 * choose.choice([1, 3, 8, 12, 16, 24, 40, 48])
+    height, width = choose.choice([5, 9, 16, 23, 40]), choose.choice([4, 7, 16, 33, 50])
+    kernel, dilation = choose.choice([1, 3, 3, 3, 3, 5]), choose.choice([1, 1, 2, 4, 16])
+    reach = dilation * (kernel - 1)
+    padding = choose.choice([reach // 2, reach // 2 + 1, max(0, (reach + 2 - min(height, width)) // 2 + 1)])
+    if 2 * padding + min(height, width) <= reach:
+        padding = reach
+    x = torch.randn(choose.choice([1, 2]), channels, height, width, generator=generator).to(dtype)
+    weight = (torch.randn(rows, channels, kernel, kernel, generator=generator) * (channels * kernel**2) ** -0.5).to(
+        dtype
+    )
+    bias = torch.randn(rows, generator=generator).to(dtype) if choose.random() < 0.7 else None
+    geometry = {"stride": choose.choice([1, 1, 1, 2]), "padding": padding, "dilation": dilation}
+    return LAYOUTS[choose.choice(list(LAYOUTS))](x), weight, bias, geometry
+
+
+def in_double(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_sizes_equal_the_reference(dtype):
+    for seed in range(SETTINGS):
+        x, weight, bias, geometry = some_setting(seed, dtype)
+        for op in (gated_conv2d, dilated_conv2d):
+            out = op(x, weight, bias, **geometry, backend="cpu")
+            expected = op(x.double(), weight.double(), in_double(bias), **geometry, backend="reference")
+            error = relative_error(out, expected)
+            assert error <= LIMIT[dtype], (
+                f"{op.__name__} {seed}: {error:.1e}, {list(x.shape)} {list(weight.shape)} {geometry}"
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_masks_equal_the_reference(dtype):
+    for seed in range(SETTINGS // 2):
+        x, weight, bias, geometry = some_setting(seed, dtype)
+        channels = x.shape[1]
+        split = (
+            (channels,) if seed % 3 == 0 or channels < 2 else (1, channels - 1) if seed % 3 == 1 else (1,) * channels
+        )
+        generator = torch.Generator().manual_seed(seed)
+        mask = (torch.rand(1, len(split), *x.shape[2:], generator=generator) < 0.6).to(dtype)
+        settings = {**geometry, "mask_channels": split, "rule": "paper"}
+        out, known = partial_conv2d(x, mask, weight, bias, **settings, backend="cpu")
+        expected, expected_known = partial_conv2d(
+            x.double(), mask.double(), weight.double(), in_double(bias), **settings, backend="reference"
+        )
+        assert torch.equal(known.double(), expected_known)
+        error = relative_error(out, expected)
+        assert error <= LIMIT[dtype], f"{seed}: {error:.1e}, {list(x.shape)} {list(weight.shape)} {geometry}"
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_winograd_rounds_like_the_direct_sum(dtype, dilation):
+    """Of maps with a mean far from 0 too, where its differences cancel most."""
+    generator = torch.Generator().manual_seed(7)
+    for offset in (0.0, 3.0):
+        x = (torch.randn(1, 96, 37, 41, generator=generator) + offset).to(dtype)
+        weight = (torch.randn(48, 96, 3, 3, generator=generator) / 30).to(dtype)
+        settings = {"padding": dilation, "dilation": dilation}
+        out = dilated_conv2d(x, weight, **settings, activation="none", backend="cpu")
+        expected = F.conv2d(x.double(), weight.double(), **settings)
+        eager = F.conv2d(x, weight, **settings)
+        assert relative_error(out, expected) <= max(FLOOR[dtype], 1.5 * relative_error(eager, expected))
+        if dtype.itemsize == 2:
+            rounded = relative_error(expected.to(dtype), expected)
+            assert relative_error(out, expected) <= 1.1 * rounded, "more than the rounding of the result"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 2.0**-10, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_short_float_is_read_and_rounded_as_torch_does(dtype, factor, layout):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    x = LAYOUTS[layout](bits.view(dtype).view(8, 8, 32, 32))
+    weight = (torch.eye(8) * factor).to(dtype)[:, :, None, None]
+    # Channel by channel: a product with the zeros beside it would turn an infinity into NaN.
+    expected = (x.float() * weight[0, 0].float()).to(dtype)
+    for channel in range(8):
+        own = x[:, channel : channel + 1].contiguous()
+        out = dilated_conv2d(own, weight[:1, :1], activation="none", backend="cpu")
+        want = expected[:, channel : channel + 1]
+        # The instruction that multiplies pairs of bfloat16 takes subnormal numbers as 0.
+        tiny = torch.finfo(torch.bfloat16).tiny
+        counted = torch.ones_like(want, dtype=torch.bool)
+        if dtype == torch.bfloat16:
+            counted = ~((own.abs() < tiny) | (want.abs() < 2 * tiny))
+        same = (out == want) | (out.isnan() & want.isnan())
+        assert same[counted].all()
+
+
+def test_infinity_stays_near():
+    """A tile of Winograd's mixes its 4 x 4 or 6 x 6 inputs; nothing farther away is touched."""
+    x = torch.randn(1, 32, 40, 40)
+    clean = dilated_conv2d(x, torch.ones(16, 32, 3, 3), padding=1, activation="none", backend="cpu")
+    x[0, 5, 20, 20] = torch.inf
+    out = dilated_conv2d(x, torch.ones(16, 32, 3, 3), padding=1, activation="none", backend="cpu")
+    assert not out[0, :, 19:22, 19:22].isfinite().any()
+    far = torch.ones(40, 40, dtype=torch.bool)
+    far[17:24, 17:24] = False
+    assert torch.equal(out[..., far], clean[..., far])
+
+
+@pytest.mark.parametrize("activation", ["elu", "relu", "leaky_relu", "none"])
+def test_epilogue_over_the_whole_range(activation):
+    """Activation and sigmoid of large, small and tiny numbers, to the last digits."""
+    numbers = torch.cat([torch.linspace(-120, 120, 4001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500)])
+    for dtype, limit in ((torch.float32, 5e-7), (torch.float64, 2e-15)):
+        features = numbers.to(dtype)[None, :].expand(len(numbers) // 250, -1)
+        gate = numbers[::250].to(dtype)[: len(features), None].expand_as(features)
+        x = torch.stack([features, gate])[None].contiguous()
+        weight = torch.eye(2, dtype=dtype)[:, :, None, None]
+        out = gated_conv2d(x, weight, activation=activation, backend="cpu")
+        expected = gated_conv2d(x.double(), weight.double(), activation=activation, backend="reference")
+        # Below the smallest normal number of the exponential nothing is promised.
+        error = (out.double() - expected).abs() / (expected.abs() + 1e-28)
+        assert error.max() <= limit, f"{dtype}: {error.max():.1e}"
+
+
+def test_strips_and_bands_do_not_show():
+    """A map so wide that rows are cut into strips, with every stride: the same as its parts."""
+    for stride, kernel in itertools.product((1, 2), (3, 5)):
+        x, weight = torch.randn(1, 48, 9, 1500), torch.randn(24, 48, kernel, kernel) / 30
+        out = dilated_conv2d(x, weight, stride=stride, padding=kernel // 2, activation="none", backend="cpu")
+        expected = F.conv2d(x.double(), weight.double(), stride=stride, padding=kernel // 2)
+        assert (out - expected).abs().max() <= 2e-5
