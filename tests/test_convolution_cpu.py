@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inpaint_kernels import _native, dilated_conv2d, gated_conv2d, partial_conv2d
+from inpaint_kernels import _native, dilated_conv2d, explain, gated_conv2d, partial_conv2d, use_backend
 from tests.compare import FLOOR, relative_error
 from tests.convolutions import LAYOUTS
 
@@ -155,3 +155,20 @@ def test_strips_and_bands_do_not_show():
         out = dilated_conv2d(x, weight, stride=stride, padding=kernel // 2, activation="none", backend="cpu")
         expected = F.conv2d(x.double(), weight.double(), stride=stride, padding=kernel // 2)
         assert (out - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "chosen"), [(64, 2, "portable"), (66, 2, "cpu"), (8, 1, "portable"), (9, 1, "cpu")]
+)
+def test_small_maps_with_large_weights_are_left_to_onednn(side, stride, chosen):
+    x, weight = torch.randn(1, 256, side, side), torch.randn(512, 256, 3, 3) / 50
+    explanation = explain("dilated_conv2d", x, weight, None, stride, 1)
+    assert explanation.chosen == chosen
+    assert ("portable before cpu" in str(explanation)) == (chosen == "portable")
+    assert explain("dilated_conv2d", x, weight, None, stride, 1, backend="cpu").chosen == "cpu"
+    automatic = dilated_conv2d(x, weight, None, stride, 1)
+    assert torch.equal(automatic, dilated_conv2d(x, weight, None, stride, 1, backend=chosen))
+    with use_backend("cpu"):
+        forced = dilated_conv2d(x, weight, None, stride, 1)
+    assert torch.equal(forced, dilated_conv2d(x, weight, None, stride, 1, backend="cpu"))
+    assert relative_error(automatic, forced.double()) < 2e-6
