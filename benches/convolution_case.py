@@ -224,7 +224,7 @@ class ConvolutionCase:
             return functools.partial(published_code, self.layer)
         if name == COMPILED:
             return compiled_code(self)
-        backend = name if name != OURS else "triton" if self.device == "cuda" else "cpu"
+        backend = None if name == OURS else name  # ours: what the automatic choice takes
         return functools.partial(our_op, self.layer, backend)
 
     def facts(self) -> Mapping[str, Any]:
@@ -377,7 +377,7 @@ def compiled_code(case: ConvolutionCase) -> Callable[[Inputs], Outputs]:
 # Ours, and the gate --------------------------------------------------------------------------------------------------
 
 
-def our_op(layer: Layer, backend: str, inputs: Inputs) -> Outputs:
+def our_op(layer: Layer, backend: str | None, inputs: Inputs) -> Outputs:
     x, weight = inputs.x, inputs.weight
     settings: dict[str, Any] = {
         "bias": inputs.bias,

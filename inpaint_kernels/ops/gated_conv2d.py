@@ -68,9 +68,9 @@ def gated_conv2d(
     are TF32 where torch lets cuDNN's convolutions use it, and where the convolution is cuDNN's or, with ``portable``
     on another device than a CPU, torch's, a short dtype is also rounded before what follows.
 
-    The ``cpu`` kernel computes 3 x 3 kernels of stride 1 with many channels by Winograd's minimal filtering, F(2 x 2) in
-    float32 and float64, F(4 x 4) in float32 for short dtypes. It rounds like the direct sum, but an infinity or NaN in x
-    reaches outputs up to 2 (short dtypes: 4) times the dilation away instead of 1.
+    The ``cpu`` kernel computes 3 x 3 kernels of stride 1 with many channels by Winograd's minimal filtering, F(2 x 2)
+    in float32 and float64, F(4 x 4) in float32 for short dtypes. It rounds like the direct sum, but an infinity or NaN
+    in x reaches outputs up to 2 (short dtypes: 4) times the dilation away instead of 1.
 
     Two runs of a call give the same bits; where cuDNN takes part, if ``torch.backends.cudnn.deterministic`` is set. The
     output of the ``cpu`` kernel does not depend on the number of threads. The convolution's gradient is torch's own,
