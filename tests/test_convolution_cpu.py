@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from inpaint_kernels import _native, dilated_conv2d, explain, gated_conv2d, partial_conv2d, use_backend
 from tests.compare import FLOOR, relative_error
-from tests.convolutions import LAYOUTS
+from tests.convolutions import LAYOUTS, Arguments
 
 pytestmark = pytest.mark.skipif(
     not _native.available("gated_conv2d", "CPU"), reason=str(_native.why_not("gated_conv2d", "CPU"))
@@ -23,7 +23,7 @@ LIMIT = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 6e-4, torch.b
 SETTINGS = 60
 
 
-def some_setting(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict]:
+def some_setting(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Arguments]:
     """x, weight, bias and geometry; channels and sizes around what panels, tiles, chunks and strips are made of."""
     choose = random.Random(f"{seed} {dtype}")
     generator = torch.Generator().manual_seed(seed)
