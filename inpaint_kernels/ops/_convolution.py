@@ -37,7 +37,8 @@ GEOMETRY_SCHEMA = "int[2] stride, SymInt[4] pad, int[2] dilation, int groups"
 
 # The CPU kernel packs the weight in every call. Fewer outputs than this do not repay that if the weight is large:
 # oneDNN's convolution, of which `portable` is made, is quicker then. Measured with the layers of the partial
-# convolution U-Net: 512 x 256 x 3 x 3 with stride 2 is even near 1,024 outputs, 512 x 1024 x 3 x 3 with stride 1 near 64.
+# convolution U-Net: 512 x 256 x 3 x 3 with stride 2 is even near 1,024 outputs, 512 x 1024 x 3 x 3 with stride 1 near
+# 64.
 _LARGE_WEIGHT = 1 << 20
 _FEW_OUTPUTS, _FEW_WINOGRAD_OUTPUTS = 1024, 64
 
