@@ -164,7 +164,7 @@ struct Piece {
   int64_t b, phase, begin, end, strip;
 };
 
-// Cuts the rows of every class (those of Winograd come in pairs) into bands.
+// Cuts the rows of every class, `rows_together` of which are computed at once, into bands.
 std::vector<Piece> cut(int64_t batch, const Axis& y, int64_t rows_together, int64_t strips) {
   std::vector<Piece> pieces;
   const int64_t phases = phases_of(y);

@@ -516,24 +516,16 @@ struct Exponential {
 
 template <class T>
 INPAINT_INLINE Exponential<T> exponential(Chunk<T> x) {
-  constexpr bool is_float = sizeof(T) == 4;
-  constexpr int degree = is_float ? 7 : 13;
-  constexpr int mantissa_bits = is_float ? 23 : 52;
-  constexpr T round_to_int = is_float ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa_bits
-  constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
-  constexpr T ln2_low = is_float ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  constexpr T inverse_factorial[] = {
-      1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  typedef ExponentSeries<T> E;
   x = x < kLowestExponent<T> ? Chunk<T>{} + kLowestExponent<T> : x;
-  const Chunk<T> shifted = x * T(1.44269504088896340736) + round_to_int;
-  const Chunk<T> n = shifted - round_to_int;
-  const Chunk<T> r = (x - n * ln2_high) - n * ln2_low;
-  Chunk<T> series = Chunk<T>{} + inverse_factorial[degree];
+  const Chunk<T> shifted = x * T(1.44269504088896340736) + E::kRoundToInt;
+  const Chunk<T> n = shifted - E::kRoundToInt;
+  const Chunk<T> r = (x - n * E::kLn2High) - n * E::kLn2Low;
+  Chunk<T> series = Chunk<T>{} + E::kInverseFactorial[E::kDegree];
 #pragma GCC unroll 16
-  for (int i = degree - 1; i >= 1; --i) series = series * r + inverse_factorial[i];
+  for (int i = E::kDegree - 1; i >= 1; --i) series = series * r + E::kInverseFactorial[i];
   const ChunkMask<T> one = (ChunkMask<T>)(Chunk<T>{} + T(1));
-  return {(Chunk<T>)(((ChunkMask<T>)shifted << mantissa_bits) + one), series * r};
+  return {(Chunk<T>)(((ChunkMask<T>)shifted << E::kMantissaBits) + one), series * r};
 }
 
 template <class T>

@@ -82,31 +82,37 @@ INPAINT_INLINE T max_of_lanes(Vector<T> v) {
 template <class T>
 constexpr T kLowestExponent = sizeof(T) == 4 ? T(-87.33) : T(-708.39);
 
-// exp(x) for x <= 0, 0 below the smallest normal result, NaN for NaN. x = n ln 2 + r, |r| <= ln(2) / 2, and the Taylor
-// polynomial of exp(r): relative error below 1e-7 (float, degree 7) and 4e-16 (double, degree 13).
+// What exp is made of: x = n ln 2 + r, |r| <= ln(2) / 2, and the Taylor polynomial of exp(r).
+template <class T>
+struct ExponentSeries {
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int kDegree = kIsFloat ? 7 : 13;
+  static constexpr int kMantissaBits = kIsFloat ? 23 : 52;
+  static constexpr T kRoundToInt = kIsFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^kMantissaBits
+  static constexpr T kLn2High = kIsFloat ? T(0.693359375) : T(0.693147180369123816490);
+  static constexpr T kLn2Low = kIsFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  static constexpr T kInverseFactorial[] = {
+      1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+};
+
+// exp(x) for x <= 0, 0 below the smallest normal result, NaN for NaN: relative error below 1e-7 (float, degree 7) and
+// 4e-16 (double, degree 13).
 template <class T>
 INPAINT_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
   typedef LaneInt<T> Int;
   typedef typename VectorOf<Int>::type IntVector;
-  constexpr bool is_float = sizeof(T) == 4;
-  constexpr int degree = is_float ? 7 : 13;
-  constexpr int mantissa_bits = is_float ? 23 : 52;
+  typedef ExponentSeries<T> E;
   constexpr T lowest = kLowestExponent<T>;
-  constexpr T round_to_int = is_float ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa_bits
-  constexpr T ln2_high = is_float ? T(0.693359375) : T(0.693147180369123816490);
-  constexpr T ln2_low = is_float ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  constexpr T inverse_factorial[] = {
-      1.0,        1.0,         0.5,          1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   const IntVector underflow = x < lowest;
   x = underflow ? Vector<T>{} + lowest : x;
-  const Vector<T> shifted = x * T(1.44269504088896340736) + round_to_int;
-  const Vector<T> n = shifted - round_to_int;
-  const Vector<T> r = (x - n * ln2_high) - n * ln2_low;
-  Vector<T> p = Vector<T>{} + inverse_factorial[degree];
+  const Vector<T> shifted = x * T(1.44269504088896340736) + E::kRoundToInt;
+  const Vector<T> n = shifted - E::kRoundToInt;
+  const Vector<T> r = (x - n * E::kLn2High) - n * E::kLn2Low;
+  Vector<T> p = Vector<T>{} + E::kInverseFactorial[E::kDegree];
 #pragma GCC unroll 16
-  for (int i = degree - 1; i >= 0; --i) p = p * r + inverse_factorial[i];
-  const IntVector power = (IntVector)shifted << mantissa_bits;
+  for (int i = E::kDegree - 1; i >= 0; --i) p = p * r + E::kInverseFactorial[i];
+  const IntVector power = (IntVector)shifted << E::kMantissaBits;
   const IntVector scaled = (IntVector)p + power;
   return underflow ? Vector<T>{} : (Vector<T>)scaled;
 }

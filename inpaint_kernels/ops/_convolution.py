@@ -303,7 +303,7 @@ def _prefers_portable(problem: ConvolutionProblem) -> bool:
     if weight.numel() < _LARGE_WEIGHT:
         return False
     kernel = (weight.shape[2], weight.shape[3])
-    height, width = geometry.output_size((x.shape[2], x.shape[3]), kernel)
+    height, width = geometry.output_of(x, weight)
     winograd = kernel == (3, 3) and geometry.stride == (1, 1)
     return x.shape[0] * height * width <= (_FEW_WINOGRAD_OUTPUTS if winograd else _FEW_OUTPUTS)
 

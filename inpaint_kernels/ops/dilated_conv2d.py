@@ -168,7 +168,7 @@ def _prepare(
     check_convolution(x, weight, bias, groups)
     geometry = make_geometry(x, weight, stride, padding, dilation, groups, padding_mode)
     if residual is not None:
-        height, width = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+        height, width = geometry.output_of(x, weight)
         sizes = {"B": x.shape[0], "C": weight.shape[0], "Ho": height, "Wo": width}
         check_shape("residual", residual, "B C Ho Wo", **sizes)
         check_same_dtype(x=x, residual=residual)
@@ -196,7 +196,7 @@ _library.define(
 
 @torch.library.register_fake("inpaint_kernels::dilated_conv2d", lib=_library)
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-    size = geometry_of(*settings[:4]).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry_of(*settings[:4]).output_of(x, weight)
     return empty_maps(x, weight.shape[0], size)
 
 
@@ -222,7 +222,7 @@ def _cpu(
     residual: Tensor | None,
 ) -> Tensor:
     x = dense(x)
-    size = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
     torch.ops.inpaint_native.dilated_conv2d(
         x,

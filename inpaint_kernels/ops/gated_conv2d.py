@@ -245,7 +245,7 @@ _library.define(
 @torch.library.register_fake("inpaint_kernels::gated_conv2d", lib=_library)
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
     keep = settings[9]
-    size = geometry_of(*settings[:6]).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry_of(*settings[:6]).output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
     return y, empty_maps(x, weight.shape[0], size) if keep else x.new_empty(0)
 
@@ -273,7 +273,7 @@ def _cpu(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     x = dense(x)
-    size = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
     pre = empty_maps(x, weight.shape[0], size) if keep else None
     torch.ops.inpaint_native.gated_conv2d(

@@ -238,7 +238,7 @@ _library.define(
 def _fake_forward(
     x: Tensor, mask: Tensor, mask_channels: Any, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    size = geometry_of(*settings[:4]).output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry_of(*settings[:4]).output_of(x, weight)
     return empty_maps(x, weight.shape[0], size), mask.new_empty((mask.shape[0], 1, *size))
 
 
@@ -266,7 +266,7 @@ def _cpu(
     shift: Tensor,
 ) -> Tensor:
     x = dense(x)
-    size = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
     torch.ops.inpaint_native.partial_conv2d(
         x,

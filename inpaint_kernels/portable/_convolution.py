@@ -43,6 +43,10 @@ class Geometry(NamedTuple):
             _outputs(size[1] * self.upsample + left + right, kernel[1], self.stride[1], self.dilation[1]),
         )
 
+    def output_of(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
+        """The same for an input x [B, Cin, H, W] and a weight [O, Cin / groups, kh, kw]."""
+        return self.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+
 
 class Activation(NamedTuple):
     """What follows a convolution: "none", "relu", "elu" (alpha 1) or "leaky_relu" with its slope below zero."""

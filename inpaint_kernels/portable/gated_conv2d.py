@@ -44,7 +44,7 @@ def gated_conv2d(
         and the layout of ``x``.
     """
     kernel = (weight.shape[2], weight.shape[3])
-    size = geometry.output_size((x.shape[2], x.shape[3]), kernel)
+    size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
     pre = empty_maps(x, weight.shape[0], size) if keep else x.new_empty(0)
     dtype = convolution_dtype(x)

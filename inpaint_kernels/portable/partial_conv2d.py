@@ -123,7 +123,7 @@ def partial_conv2d(
         [B, C, Ho, Wo] in the dtype and the layout of ``x``.
     """
     kernel = (weight.shape[2], weight.shape[3])
-    size = geometry.output_size((x.shape[2], x.shape[3]), kernel)
+    size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
     dtype = convolution_dtype(x)
     weight = weight.to(dtype)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from inpaint_kernels.portable._convolution import layout_of
+
 _LARGEST_INT32_TENSOR = 2**31 - 2**20
 """Elements of a tensor that 32-bit offsets reach, masked ones just beyond its end included."""
 
@@ -54,9 +56,7 @@ class Layout(Enum):
     @staticmethod
     def like(x: Tensor) -> Layout:
         """That of an output: channels_last if x is contiguous in it and not in NCHW, else NCHW."""
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            return Layout.CHANNELS_LAST
-        return Layout.NCHW
+        return Layout(layout_of(x))
 
     def of(self, x: Tensor) -> Tensor:
         """The tensor itself or a copy in this layout."""

@@ -46,7 +46,7 @@ def activation_in_gemm(
     from inpaint_kernels.triton_kernels import _implicit_gemm as gemm
 
     layout = Layout.like(x)
-    size = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0], size)
     if y.numel() > 0:
         residual = None if residual is None else layout.of(residual)

@@ -48,7 +48,7 @@ def gate_in_gemm(
     """One kernel, beside what copies an x in NCHW and packs weights that have changed."""
     from inpaint_kernels.triton_kernels import _implicit_gemm as gemm
 
-    layout, size = Layout.like(x), _output_size(x, weight, geometry)
+    layout, size = Layout.like(x), geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0] // 2, size)
     pre = layout.empty(x, weight.shape[0], size) if keep else x.new_empty(0)
     if y.numel() > 0:
@@ -69,7 +69,7 @@ def gate_behind_cudnn(
     """CuDNN's convolution, then one kernel."""
     from inpaint_kernels.triton_kernels import _epilogues as epilogues
 
-    layout, size = Layout.like(x), _output_size(x, weight, geometry)
+    layout, size = Layout.like(x), geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0] // 2, size)
     raw = bare_convolution(x, weight, geometry, layout)
     if y.numel() > 0:
@@ -87,7 +87,3 @@ def gated_conv2d_gate_backward(grad_y: Tensor, pre: Tensor, activation: Activati
     if pre.numel() > 0:
         epilogues.gate_backward(grad_y, pre, activation, gate_first, grad_pre, layout).run()
     return grad_pre
-
-
-def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
-    return geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))

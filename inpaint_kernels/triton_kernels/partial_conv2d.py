@@ -55,7 +55,7 @@ def renormalised_in_gemm(
     from inpaint_kernels.triton_kernels import _implicit_gemm as gemm
 
     layout = Layout.like(x)
-    size = geometry.output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]))
+    size = geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0], size)
     if y.numel() > 0:
         epilogue = gemm.Epilogue("partial", bias, scale=scale.float().contiguous(), shift=shift.float().contiguous())
