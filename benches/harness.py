@@ -294,7 +294,7 @@ class ReplayClock:
 def provenance() -> dict[str, Any]:
     """What a figure depends on, stored beside each of them."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -62,19 +62,29 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "patch_vote(Tensor key, Tensor index, Tensor score, Tensor confidence, Tensor targets, int patch, "
       "float bandwidth) -> Tensor");
 
-  // csrc/cpu/{gated,dilated,partial}_conv2d: the caller allocates the outputs, in the layout of x.
+  // csrc/cpu/convolution_weights: weight [rows, channels, kh, kw] -> bytes, which the convolutions with the same flags
+  // read in its place; `few_outputs` is the caller's choice (inpaint_kernels/ops/_convolution.py).
   m.def(
-      "gated_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride_y, int stride_x, int pad_top, int pad_left, "
-      "int dilation_y, int dilation_x, int upsample, bool reflect, str activation, float slope, bool gate_first, "
-      "Tensor(a!) y, Tensor(b!)? pre) -> ()");
+      "convolution_pack_weight(Tensor weight, bool gated, bool gate_first, bool unit_stride, bool few_outputs) -> "
+      "Tensor");
+  m.def("convolution_weight_digest(Tensor weight) -> int");
+
+  // csrc/cpu/{gated,dilated,partial}_conv2d: of the weight only the shape is read. The caller allocates the outputs, in
+  // the layout of x.
+  m.def(
+      "gated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
+      "int pad_left, int dilation_y, int dilation_x, bool few_outputs, int upsample, bool reflect, str activation, "
+      "float slope, bool gate_first, Tensor(a!) y, Tensor(b!)? pre) -> ()");
   m.def(
       "gated_conv2d_gate_backward(Tensor grad, Tensor pre, str activation, float slope, bool gate_first, "
       "Tensor(a!) grad_pre) -> ()");
   m.def(
-      "dilated_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride_y, int stride_x, int pad_top, int pad_left, "
-      "int dilation_y, int dilation_x, bool reflect, str activation, float slope, Tensor? residual, Tensor(a!) y) -> "
-      "()");
+      "dilated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
+      "int pad_left, int dilation_y, int dilation_x, bool few_outputs, bool reflect, str activation, float slope, "
+      "Tensor? residual, Tensor(a!) y) -> ()");
   m.def(
-      "partial_conv2d(Tensor x, Tensor mask, Tensor segments, Tensor weight, Tensor? bias, int stride_y, int stride_x, "
-      "int pad_top, int pad_left, int dilation_y, int dilation_x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
+      "partial_conv2d(Tensor x, Tensor mask, Tensor segments, Tensor weight, Tensor packed, Tensor? bias, int "
+      "stride_y, "
+      "int stride_x, int pad_top, int pad_left, int dilation_y, int dilation_x, bool few_outputs, Tensor scale, "
+      "Tensor shift, Tensor(a!) y) -> ()");
 }

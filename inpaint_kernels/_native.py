@@ -39,6 +39,8 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "match_patches": ("CPU",),
     "patchmatch": ("CPU",),
     "patch_vote": ("CPU",),
+    "convolution_pack_weight": ("CPU",),
+    "convolution_weight_digest": ("CPU",),
     "gated_conv2d": ("CPU",),
     "gated_conv2d_gate_backward": ("CPU",),
     "dilated_conv2d": ("CPU",),

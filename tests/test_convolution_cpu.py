@@ -1,15 +1,19 @@
-"""The CPU kernel behind gated_conv2d, dilated_conv2d and partial_conv2d: its two ways, its tiles, its conversions."""
+"""The CPU kernel behind gated_conv2d, dilated_conv2d and partial_conv2d: its three ways, its tiles, its conversions."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from inpaint_kernels import _native, dilated_conv2d, explain, gated_conv2d, partial_conv2d, use_backend
+from inpaint_kernels import _native, dilated_conv2d, gated_conv2d, partial_conv2d
+from inpaint_kernels._packed_weights import PACKED_WEIGHTS
+from inpaint_kernels.ops import _convolution
 from tests.compare import FLOOR, relative_error
 from tests.convolutions import LAYOUTS, Arguments
 
@@ -157,18 +161,135 @@ def test_strips_and_bands_do_not_show():
         assert (out - expected).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize(
-    ("side", "stride", "chosen"), [(64, 2, "portable"), (66, 2, "cpu"), (8, 1, "portable"), (9, 1, "cpu")]
-)
-def test_small_maps_with_large_weights_are_left_to_onednn(side, stride, chosen):
-    x, weight = torch.randn(1, 256, side, side), torch.randn(512, 256, 3, 3) / 50
-    explanation = explain("dilated_conv2d", x, weight, None, stride, 1)
-    assert explanation.chosen == chosen
-    assert ("portable before cpu" in str(explanation)) == (chosen == "portable")
-    assert explain("dilated_conv2d", x, weight, None, stride, 1, backend="cpu").chosen == "cpu"
-    automatic = dilated_conv2d(x, weight, None, stride, 1)
-    assert torch.equal(automatic, dilated_conv2d(x, weight, None, stride, 1, backend=chosen))
-    with use_backend("cpu"):
-        forced = dilated_conv2d(x, weight, None, stride, 1)
-    assert torch.equal(forced, dilated_conv2d(x, weight, None, stride, 1, backend="cpu"))
-    assert relative_error(automatic, forced.double()) < 2e-6
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_outputs_equal_the_reference(dtype, monkeypatch):
+    """Maps of few outputs under a large weight go another way; here every map does."""
+    monkeypatch.setattr(_convolution, "_LARGE_WEIGHT", 0)
+    monkeypatch.setattr(_convolution, "_FEW_OUTPUTS", 10**6)
+    monkeypatch.setattr(_convolution, "_FEW_WINOGRAD_OUTPUTS", 10**6)
+    for seed in range(SETTINGS // 2):
+        x, weight, bias, geometry = some_setting(seed, dtype)
+        for op in (gated_conv2d, dilated_conv2d):
+            out = op(x, weight, bias, **geometry, backend="cpu")
+            expected = op(x.double(), weight.double(), in_double(bias), **geometry, backend="reference")
+            error = relative_error(out, expected)
+            assert error <= LIMIT[dtype], (
+                f"{op.__name__} {seed}: {error:.1e}, {list(x.shape)} {list(weight.shape)} {geometry}"
+            )
+
+
+def test_the_number_of_outputs_decides_the_way(monkeypatch):
+    weight = torch.randn(512, 256, 3, 3) / 50
+    packings: list[Any] = []
+    monkeypatch.setattr(_convolution, "PACKED_WEIGHTS", _Recorder(packings))
+    for side, stride in ((64, 2), (66, 2), (8, 1), (9, 1)):
+        x = torch.randn(1, 256, side, side)
+        out = dilated_conv2d(x, weight, None, stride, 1, activation="none", backend="cpu")
+        assert relative_error(out, F.conv2d(x.double(), weight.double(), stride=stride, padding=1)) < 2e-6
+    assert [packing.few_outputs for packing in packings] == [True, False, True, False]
+    assert [packing.unit_stride for packing in packings] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_that_are_kept_for_a_large_weight(dtype):
+    """Winograd's weights of 4 MB and more are read once for all tiles of all samples."""
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(256, 256, 3, 3, generator=generator) / 48).to(dtype)
+    for shape, layout, padding in (((2, 256, 11, 13), "nchw", 1), ((1, 256, 16, 16), "channels_last", 2)):
+        x = LAYOUTS[layout](torch.randn(shape, generator=generator).to(dtype))
+        bias = torch.randn(256, generator=generator).to(dtype)
+        variants: tuple[Arguments, ...] = ({}, {"padding_mode": "reflect", "upsample": 2})
+        for settings in variants:
+            out = gated_conv2d(x, weight, bias, padding=padding, **settings, backend="cpu")
+            expected = gated_conv2d(
+                x.double(), weight.double(), bias.double(), padding=padding, **settings, backend="reference"
+            )
+            assert relative_error(out, expected) <= LIMIT[dtype]
+
+
+class _Recorder:
+    def __init__(self, packings):
+        self.packings = packings
+
+    def get(self, weight, packing, pack, digest):
+        self.packings.append(packing)
+        return pack(weight, packing)
+
+
+# ---- Packed weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_change_of_a_weight_is_seen(layout):
+    """Also those that torch counts no version for, as an average of weights in another model makes them."""
+    x, weight = torch.randn(1, 16, 9, 9), torch.nn.Parameter(LAYOUTS[layout](torch.randn(8, 16, 3, 3)))
+    changes = [
+        lambda: weight.data.mul_(0.9),
+        lambda: weight.data.neg_(),
+        lambda: weight.data.copy_(weight.data.flip(0)),
+        lambda: weight.data[-1, -1, -1, -1].add_(1.0),
+        lambda: weight.data[0, 0, 0, 0].neg_(),
+        lambda: setattr(weight, "data", torch.randn(8, 16, 3, 3)),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            before = dilated_conv2d(x, weight, activation="none", backend="cpu")
+            change()
+            after = dilated_conv2d(x, weight, activation="none", backend="cpu")
+            assert not torch.equal(before, after)
+            assert relative_error(after, F.conv2d(x.double(), weight.double())) < 2e-6
+
+
+def test_a_weight_is_packed_once_and_forgotten_with_it():
+    PACKED_WEIGHTS.clear()
+    x, weight = torch.randn(1, 16, 9, 9), torch.randn(8, 16, 3, 3)
+    packings = []
+    pack = _convolution._pack_cpu_weight
+
+    def recorded(weight: torch.Tensor, packing: Any) -> torch.Tensor:
+        packings.append(packing)
+        return pack(weight, packing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_convolution, "_pack_cpu_weight", recorded)
+        first = dilated_conv2d(x, weight, backend="cpu")
+        assert torch.equal(dilated_conv2d(x, weight, backend="cpu"), first)
+        assert len(packings) == 1
+        gated_conv2d(x, weight, backend="cpu")  # another packing of the same weight
+        dilated_conv2d(x, weight, stride=2, backend="cpu")
+        assert len(packings) == 3
+        with torch.inference_mode():
+            dilated_conv2d(x, weight, backend="cpu")
+        assert len(packings) == 3
+    assert len(PACKED_WEIGHTS) == 1
+    del weight
+    gc.collect()
+    assert len(PACKED_WEIGHTS) == 0
+
+
+def test_digests_of_changed_weights_differ():
+    digest = torch.ops.inpaint_native.convolution_weight_digest
+    for size in (1, 3, 64, 130):
+        weight = torch.randn(size, 3, 1, 1)
+        words = weight.view(-1).view(torch.int32)
+        seen = {digest(weight)}
+        for index in range(len(words)):
+            for bit in range(32):
+                words[index] ^= 1 << bit if bit < 31 else -(2**31)
+                seen.add(digest(weight))
+                words[index] ^= 1 << bit if bit < 31 else -(2**31)
+        assert len(seen) == 1 + 32 * len(words)
+    # Two changes that must not cancel: signs of whole rows, exchanged rows, an exchanged layout.
+    weight = torch.randn(8, 16, 3, 3)
+    variants = [
+        weight,
+        -weight,
+        weight.flip(0),
+        weight.roll(1, 1),
+        weight.contiguous(memory_format=torch.channels_last),
+    ]
+    for i, j in itertools.combinations(range(8), 2):
+        signs = torch.ones(8, 1, 1, 1)
+        signs[[i, j]] = -1
+        variants.append(weight * signs)
+    assert len({digest(variant) for variant in variants}) == len(variants)

@@ -118,7 +118,7 @@ def test_readme_lists_every_environment_variable():
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
 PUBLIC = "public names"
-FOUNDATION = {"_backends", "_checks", "_compile", "_native"}
+FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
@@ -128,6 +128,7 @@ MAY_IMPORT = {
     "_checks": {"_compile"},
     "_compile": set(),
     "_native": {"_compile"},
+    "_packed_weights": set(),
     "cli": {"comparison", "images", "info", "inpaint", "masks", "panels", PUBLIC},
     "comparison": {PUBLIC},
     "flow_color": {"_checks"},
@@ -142,7 +143,7 @@ MAY_IMPORT = {
     "panels": {"images", PUBLIC},
     "portable": {"portable"},
     "reference": {"reference"},
-    "triton_kernels": {"portable", "triton_kernels"},
+    "triton_kernels": {"_packed_weights", "portable", "triton_kernels"},
 }
 
 # Module or folder -> the packages other than torch and Python's own that it may import; only the command line's modules

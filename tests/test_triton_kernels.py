@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from inpaint_kernels._packed_weights import PACKED_WEIGHTS, PackedWeights
 from inpaint_kernels.portable._convolution import Activation, Geometry
 from inpaint_kernels.triton_kernels import _launch, _launch_config, dilated_conv2d, gated_conv2d, partial_conv2d
 from inpaint_kernels.triton_kernels._availability import reasons
 from inpaint_kernels.triton_kernels._launch_config import LaunchConfig, Layer, Precision, in_gemm, launch_config
-from inpaint_kernels.triton_kernels._packed_weights import PACKED_WEIGHTS, PackedWeights, Packing, pack
+from inpaint_kernels.triton_kernels._packed_weights import Packing, pack
 from tests.compare import assert_close_to_reference, relative_error
 
 pytest.importorskip("triton")
@@ -549,22 +550,22 @@ def test_packed_weights_are_a_matrix_of_taps_and_channels():
 
 def test_weights_are_packed_once_per_version():
     cache, weight = PackedWeights(), torch.nn.Parameter(random(6, 3, 3, 3))
-    first = cache.get(weight, PLAIN)
-    assert cache.get(weight, PLAIN) is first
-    other = cache.get(weight, PLAIN._replace(columns=32))
+    first = cache.get(weight, PLAIN, pack)
+    assert cache.get(weight, PLAIN, pack) is first
+    other = cache.get(weight, PLAIN._replace(columns=32), pack)
     assert other.shape == (32, 32)
-    assert cache.get(weight, PLAIN) is first
+    assert cache.get(weight, PLAIN, pack) is first
 
     with torch.no_grad():
         weight.mul_(2)
-    changed = cache.get(weight, PLAIN)
+    changed = cache.get(weight, PLAIN, pack)
     assert torch.equal(changed, 2 * first)
-    assert cache.get(weight, PLAIN) is changed
+    assert cache.get(weight, PLAIN, pack) is changed
     assert len(cache) == 1
 
     weight.data = random(6, 3, 3, 3)  # the same object, other memory
-    assert torch.equal(cache.get(weight, PLAIN), pack(weight, PLAIN))
-    assert not cache.get(weight, PLAIN).requires_grad
+    assert torch.equal(cache.get(weight, PLAIN, pack), pack(weight, PLAIN))
+    assert not cache.get(weight, PLAIN, pack).requires_grad
     cache.clear()
     assert len(cache) == 0
 
@@ -585,7 +586,7 @@ def test_freed_weights_are_forgotten():
     cache = PackedWeights()
     weights = [random(2, 3, 1, 1) for _ in range(3)]
     for weight in weights:
-        cache.get(weight, PLAIN)
+        cache.get(weight, PLAIN, pack)
     assert len(cache) == 3
     del weight
     weights.pop()
@@ -610,27 +611,27 @@ def test_kernels_keep_no_weight_alive():
 def test_packed_weights_are_bounded():
     cache = PackedWeights(limit=2, copies=2)
     weights = [random(2, 3, 1, 1) for _ in range(3)]
-    first = cache.get(weights[0], PLAIN)
-    cache.get(weights[1], PLAIN)
-    assert cache.get(weights[0], PLAIN) is first  # the one used least recently is now the other
-    cache.get(weights[2], PLAIN)
+    first = cache.get(weights[0], PLAIN, pack)
+    cache.get(weights[1], PLAIN, pack)
+    assert cache.get(weights[0], PLAIN, pack) is first  # the one used least recently is now the other
+    cache.get(weights[2], PLAIN, pack)
     assert len(cache) == 2
-    assert cache.get(weights[0], PLAIN) is first
+    assert cache.get(weights[0], PLAIN, pack) is first
     for columns in (32, 48):
-        cache.get(weights[0], PLAIN._replace(columns=columns))
-    assert cache.get(weights[0], PLAIN) is not first
+        cache.get(weights[0], PLAIN._replace(columns=columns), pack)
+    assert cache.get(weights[0], PLAIN, pack) is not first
 
 
 def test_weights_without_a_version_are_packed_anew():
     cache = PackedWeights()
     with torch.inference_mode():
         weight = random(2, 3, 1, 1)
-        cache.get(weight, PLAIN)
+        cache.get(weight, PLAIN, pack)
         weight.zero_()
-        assert not cache.get(weight, PLAIN).any()
+        assert not cache.get(weight, PLAIN, pack).any()
     with FakeTensorMode():
         fake = torch.empty(2, 3, 1, 1)
-        assert cache.get(fake, PLAIN).shape == (32, 16)
+        assert cache.get(fake, PLAIN, pack).shape == (32, 16)
     assert len(cache) == 0
 
 
@@ -642,8 +643,8 @@ def test_packed_weights_from_many_threads():
         try:
             for step in range(60):
                 weight = weights[(seed * step) % 6]
-                assert torch.equal(cache.get(weight, PLAIN), pack(weight, PLAIN))
-                cache.get(torch.zeros(2, 3, 1, 1), PLAIN)  # freed at once
+                assert torch.equal(cache.get(weight, PLAIN, pack), pack(weight, PLAIN))
+                cache.get(torch.zeros(2, 3, 1, 1), PLAIN, pack)  # freed at once
         except BaseException as error:
             wrong.append(error)
 
@@ -672,7 +673,7 @@ def test_a_replayed_graph_sees_new_weights():
 @pytest.mark.gpu
 def test_another_stream_packs_its_own():
     cache, weight = PackedWeights(), random(2, 3, 1, 1)
-    first = cache.get(weight, PLAIN)
+    first = cache.get(weight, PLAIN, pack)
     with torch.cuda.stream(torch.cuda.Stream()):
-        assert cache.get(weight, PLAIN) is not first
-    assert cache.get(weight, PLAIN) is first
+        assert cache.get(weight, PLAIN, pack) is not first
+    assert cache.get(weight, PLAIN, pack) is first

@@ -58,11 +58,9 @@ enum class ActivationKind { none, relu, elu, leaky_relu };
 // What happens to the sums of an output pixel.
 template <class T, class Element>
 struct Epilogue {
-  bool gated;  // activation(features) * sigmoid(gate), two sums per channel of y
-  bool gate_first;
   ActivationKind activation;
   T slope;
-  Map<Element> pre;          // gated: where the sums themselves go, if data is not null
+  Map<Element> pre;          // of a gate: where the sums themselves go, if data is not null
   const Element* residual;   // added last, laid out as y; null: none
   PixelMap<T> scale, shift;  // sums * scale + bias * shift; data null: sums + bias
 };
@@ -75,15 +73,29 @@ struct ChannelMasks {
   const int64_t* segments;
 };
 
+// A weight, and what has to be known of its convolutions to pack it: with the same shape and the same flags, the packed
+// weight is the same.
+template <class Element>
+struct Weight {
+  const Element* data;  // [rows, channels, kernel_y, kernel_x]; null where only the packed weight is needed
+  const void* packed;
+  int64_t rows, channels, kernel_y, kernel_x;
+  bool gated;        // activation(features) * sigmoid(gate), two sums per channel of y
+  bool gate_first;   // the features are the second half of the sums
+  bool unit_stride;  // strides of 1
+  bool few_outputs;  // so few in all that reading the weight once is worth more than saving products
+
+  int64_t taps() const { return kernel_y * kernel_x; }
+};
+
 template <class T, class Element>
 struct Convolution {
   int64_t batch;
   Axis y, x;
   Map<const Element> input;
   ChannelMasks<Element> masks;
-  const Element* weight;  // [rows, channels, kernel y, kernel x]
-  const Element* bias;    // [rows] or null
-  int64_t rows;           // channels of the sums
+  Weight<Element> weight;  // packed
+  const Element* bias;     // [rows] or null
   Map<Element> output;
   Epilogue<T, Element> epilogue;
 };

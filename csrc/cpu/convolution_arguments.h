@@ -5,7 +5,7 @@
 #include <string>
 
 #include "../common.h"
-#include "convolution.h"
+#include "convolution_weights.h"
 
 namespace inpaint {
 
@@ -67,22 +67,47 @@ inline ActivationKind activation_kind(const std::string& name) {
 struct ConvolutionArguments {
   int64_t stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, upsample;
   bool reflect;
+
+  bool unit_stride() const { return stride_y == 1 && stride_x == 1; }
 };
 
-// All but the masks and the epilogue.
+// weight [rows, channels, kernel y, kernel x]; a gate has features and gates in its rows.
+struct WeightArguments {
+  bool gated, gate_first, unit_stride, few_outputs;
+};
+
+template <class Element>
+Weight<Element> weight_of(const Tensor& weight, const WeightArguments& arguments) {
+  check_rank(weight, "weight", 4);
+  Weight<Element> result{};
+  result.rows = weight.size(0);
+  result.channels = weight.size(1);
+  result.kernel_y = weight.size(2);
+  result.kernel_x = weight.size(3);
+  result.gated = arguments.gated;
+  result.gate_first = arguments.gate_first;
+  result.unit_stride = arguments.unit_stride;
+  result.few_outputs = arguments.few_outputs;
+  return result;
+}
+
+// All but the masks and the epilogue. Only the shape of the weight is read; `packed` are its values.
 template <class T, class Element>
-Convolution<T, Element> convolution_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const ConvolutionArguments& geometry, const Tensor& y) {
-  check_dense(weight, "weight", 4);
+Convolution<T, Element> convolution_of(const Tensor& x, const Tensor& weight, const Tensor& packed,
+                                       const std::optional<Tensor>& bias, const ConvolutionArguments& geometry,
+                                       const WeightArguments& weights, const Tensor& y) {
   Convolution<T, Element> convolution{};
   convolution.input = map_of<const Element>(x, "x");
   convolution.output = map_of<Element>(y, "y");
   convolution.batch = x.size(0);
-  convolution.rows = weight.size(0);
-  convolution.weight = elements<Element>(weight);
+  convolution.weight = weight_of<Element>(weight, weights);
+  convolution.weight.packed = packed.data_ptr();
   convolution.bias = elements_or_null<Element>(bias);
   STD_TORCH_CHECK(weight.size(1) == x.size(1) && y.size(0) == x.size(0), "weight, y: the sizes do not fit x");
-  STD_TORCH_CHECK(!bias || bias->numel() == convolution.rows, "bias: expected ", convolution.rows, " elements");
+  STD_TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0), " elements");
+  const int64_t bytes = packed_bytes<T>(convolution.weight);
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.numel() == bytes && packed.scalar_type() == ScalarType::Byte,
+                  "packed: expected ", bytes, " bytes");
   convolution.y = {x.size(2),        y.size(2),           weight.size(2),    geometry.stride_y,
                    geometry.pad_top, geometry.dilation_y, geometry.upsample, geometry.reflect};
   convolution.x = {x.size(3),         y.size(3),           weight.size(3),    geometry.stride_x,

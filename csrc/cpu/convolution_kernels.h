@@ -326,37 +326,43 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
   }
 }
 
-// The same for kPositions x a whole panel.
+// The same for `count` positions x a whole panel: the columns that are in registers together are done for all positions
+// before the next ones, so that their weights stay in cache.
 template <class Products, int positions, int bytes, int vectors>
-INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
+INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, int64_t count, int64_t weight,
                                    int64_t panel, const typename Products::Sum* start, typename Products::Sum* sums,
                                    bool accumulate) {
   constexpr int columns = vectors * bytes / static_cast<int>(sizeof(*sums));
-  for (int p = 0; p < kPositions; p += positions) {
-    for (int64_t n = 0; n < panel; n += columns) {
-      const int64_t inputs = offset + p * runs.stride, weights = weight + n * Products::kDepth;
+  // A single vector for each of 4 positions would leave half of what the latency of an addition allows.
+  constexpr int together = vectors == 1 ? kPositions : positions;
+  for (int64_t n = 0; n < panel; n += columns) {
+    const int64_t weights = weight + n * Products::kDepth;
+    for (int64_t p = 0; p < count; p += together) {
       typename Products::Sum* to = sums + p * panel + n;
       if (accumulate)
-        multiply_registers<Products, positions, bytes, vectors, true>(runs, inputs, weights, panel, start + n, to);
+        multiply_registers<Products, together, bytes, vectors, true>(runs, p * runs.stride, weights, panel, start + n,
+                                                                     to);
       else
-        multiply_registers<Products, positions, bytes, vectors, false>(runs, inputs, weights, panel, start + n, to);
+        multiply_registers<Products, together, bytes, vectors, false>(runs, p * runs.stride, weights, panel, start + n,
+                                                                      to);
     }
   }
 }
 
-// The same for an instruction set with vectors of `bytes`; a panel has 48, 32, 16 or 8 columns.
+// The same for an instruction set with vectors of `bytes`; a panel has 48, 32, 16 or 8 columns, `count` is a multiple
+// of kPositions.
 template <class Products, int positions, int bytes>
-INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight, int64_t panel,
+INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t count, int64_t weight, int64_t panel,
                              const typename Products::Sum* start, typename Products::Sum* sums, bool accumulate) {
   constexpr int lanes = bytes / static_cast<int>(sizeof(*sums));
   if (panel % (3 * lanes) == 0)
-    multiply_panel<Products, positions, bytes, 3>(runs, offset, weight, panel, start, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 3>(runs, count, weight, panel, start, sums, accumulate);
   else if (panel % (2 * lanes) == 0)
-    multiply_panel<Products, positions, bytes, 2>(runs, offset, weight, panel, start, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 2>(runs, count, weight, panel, start, sums, accumulate);
   else if (panel % lanes == 0)
-    multiply_panel<Products, positions, bytes, 1>(runs, offset, weight, panel, start, sums, accumulate);
+    multiply_panel<Products, positions, bytes, 1>(runs, count, weight, panel, start, sums, accumulate);
   else
-    multiply_panel<Products, positions, bytes / 2, 1>(runs, offset, weight, panel, start, sums, accumulate);
+    multiply_panel<Products, positions, bytes / 2, 1>(runs, count, weight, panel, start, sums, accumulate);
 }
 
 // ---- Winograd's F(m x m, 3 x 3) ----------------------------------------------------------------------------------
@@ -674,7 +680,7 @@ INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Seg
     part.x += begin * segment.x_step;
     part.count = std::min<int64_t>(kEpiloguePixels, segment.count - begin);
     T* own = sums + begin * channels.panel;
-    if (!epilogue.gated) {
+    if (!convolution.weight.gated) {
       if (epilogue.scale.data != nullptr) scale_pixels(convolution, part, bias, channels.panel, own);
       with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
         activate_pixels<T, kind.value>(part.count * channels.panel, own, epilogue.slope);
@@ -686,7 +692,7 @@ INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Seg
     }
     if (epilogue.pre.data != nullptr) {
       const int64_t half = convolution.output.channels;
-      const int64_t features = epilogue.gate_first ? half : 0;
+      const int64_t features = convolution.weight.gate_first ? half : 0;
       store_pixels(epilogue.pre, part, features + channels.first, channels.valid, own, channels.panel);
       store_pixels(epilogue.pre, part, half - features + channels.first, channels.valid, own + channels.width,
                    channels.panel);

@@ -4,17 +4,19 @@
 namespace inpaint {
 namespace {
 
-// x [B, Cin, H, W], weight [C, Cin, kh, kw], bias [C], residual as y -> y [B, C, Ho, Wo]; maps of one layout.
-void dilated_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride_y,
-                    int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y, int64_t dilation_x,
-                    bool reflect, const std::string& activation, double slope, const std::optional<Tensor>& residual,
-                    Tensor y) {
+// x [B, Cin, H, W], weight [C, Cin, kh, kw] and packed, bias [C], residual as y -> y [B, C, Ho, Wo]; maps of one
+// layout.
+void dilated_conv2d(const Tensor& x, const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias,
+                    int64_t stride_y, int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y,
+                    int64_t dilation_x, bool few_outputs, bool reflect, const std::string& activation, double slope,
+                    const std::optional<Tensor>& residual, Tensor y) {
   const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, 1, reflect};
   STD_TORCH_CHECK(weight.size(0) == y.size(1), "weight: expected an output channel for each of y");
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
     using T = decltype(sum);
     using Element = decltype(element);
-    auto convolution = convolution_of<T, Element>(x, weight, bias, geometry, y);
+    auto convolution = convolution_of<T, Element>(x, weight, packed, bias, geometry,
+                                                  {false, false, geometry.unit_stride(), few_outputs}, y);
     convolution.epilogue.activation = activation_kind(activation);
     convolution.epilogue.slope = static_cast<T>(slope);
     if (residual) {

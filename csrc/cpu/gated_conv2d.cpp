@@ -8,20 +8,19 @@ namespace {
 
 constexpr int64_t kGateElements = 4096;  // of a task of the gate's gradient
 
-// x [B, Cin, H, W], weight [2 C, Cin, kh, kw], bias [2 C] -> y [B, C, Ho, Wo] and, if given, the sums pre
+// x [B, Cin, H, W], weight [2 C, Cin, kh, kw] and packed, bias [2 C] -> y [B, C, Ho, Wo] and, if given, the sums pre
 // [B, 2 C, Ho, Wo]; all but the weight and the bias of one layout, NCHW or channels_last.
-void gated_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride_y,
-                  int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y, int64_t dilation_x,
-                  int64_t upsample, bool reflect, const std::string& activation, double slope, bool gate_first,
-                  Tensor y, const std::optional<Tensor>& pre) {
+void gated_conv2d(const Tensor& x, const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias,
+                  int64_t stride_y, int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y,
+                  int64_t dilation_x, bool few_outputs, int64_t upsample, bool reflect, const std::string& activation,
+                  double slope, bool gate_first, Tensor y, const std::optional<Tensor>& pre) {
   const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, upsample, reflect};
   STD_TORCH_CHECK(weight.size(0) == 2 * y.size(1), "weight: expected two output channels for each of y");
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
     using T = decltype(sum);
     using Element = decltype(element);
-    auto convolution = convolution_of<T, Element>(x, weight, bias, geometry, y);
-    convolution.epilogue.gated = true;
-    convolution.epilogue.gate_first = gate_first;
+    auto convolution = convolution_of<T, Element>(x, weight, packed, bias, geometry,
+                                                  {true, gate_first, geometry.unit_stride(), few_outputs}, y);
     convolution.epilogue.activation = activation_kind(activation);
     convolution.epilogue.slope = static_cast<T>(slope);
     if (pre) convolution.epilogue.pre = map_of<Element>(*pre, "pre");

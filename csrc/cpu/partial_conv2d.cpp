@@ -11,13 +11,13 @@ PixelMap<T> pixel_map(const Tensor& map, const char* name, int64_t batch, int64_
   return {elements<T>(map), map.size(0) == 1 ? 0 : plane};
 }
 
-// x [B, Cin, H, W], mask [B or 1, M, H, W] whose mask m covers the next segments[m] channels, weight [C, Cin, kh, kw],
-// bias [C], scale and shift [B or 1, 1, Ho, Wo] in the dtype of the sums
+// x [B, Cin, H, W], mask [B or 1, M, H, W] whose mask m covers the next segments[m] channels, weight [C, Cin, kh, kw]
+// and packed, bias [C], scale and shift [B or 1, 1, Ho, Wo] in the dtype of the sums
 // -> y = convolution(x * mask) * scale + bias * shift [B, C, Ho, Wo].
 void partial_conv2d(const Tensor& x, const Tensor& mask, const Tensor& segments, const Tensor& weight,
-                    const std::optional<Tensor>& bias, int64_t stride_y, int64_t stride_x, int64_t pad_top,
-                    int64_t pad_left, int64_t dilation_y, int64_t dilation_x, const Tensor& scale, const Tensor& shift,
-                    Tensor y) {
+                    const Tensor& packed, const std::optional<Tensor>& bias, int64_t stride_y, int64_t stride_x,
+                    int64_t pad_top, int64_t pad_left, int64_t dilation_y, int64_t dilation_x, bool few_outputs,
+                    const Tensor& scale, const Tensor& shift, Tensor y) {
   const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, 1, false};
   STD_TORCH_CHECK(weight.size(0) == y.size(1), "weight: expected an output channel for each of y");
   check_dense(mask, "mask", 4);
@@ -29,7 +29,8 @@ void partial_conv2d(const Tensor& x, const Tensor& mask, const Tensor& segments,
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
     using T = decltype(sum);
     using Element = decltype(element);
-    auto convolution = convolution_of<T, Element>(x, weight, bias, geometry, y);
+    auto convolution = convolution_of<T, Element>(x, weight, packed, bias, geometry,
+                                                  {false, false, geometry.unit_stride(), few_outputs}, y);
     const int64_t* channels = segments.const_data_ptr<int64_t>();
     int64_t covered = 0;
     for (int64_t m = 0; m < segments.numel(); ++m) covered += channels[m];

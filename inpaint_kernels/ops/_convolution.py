@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from inpaint_kernels import _native
-from inpaint_kernels._backends import AUTO, Explanation, OpBackends, Problem
+from inpaint_kernels._backends import Explanation, OpBackends, Problem
 from inpaint_kernels._checks import (
     check_choice,
     check_dtype,
@@ -21,6 +21,7 @@ from inpaint_kernels._checks import (
     check_shape,
 )
 from inpaint_kernels._compile import constant_for_compile
+from inpaint_kernels._packed_weights import PACKED_WEIGHTS
 from inpaint_kernels.portable._convolution import Activation, Geometry, layout_of
 
 P = ParamSpec("P")
@@ -35,11 +36,9 @@ PADDING_MODES = ("zeros", "reflect", "same_tf")
 
 GEOMETRY_SCHEMA = "int[2] stride, SymInt[4] pad, int[2] dilation, int groups"
 
-# The CPU kernel packs the weight in every call. Fewer outputs than this do not repay that if the weight is large:
-# oneDNN's convolution, of which `portable` is made, is quicker then. Measured with the layers of the partial
-# convolution U-Net: 512 x 256 x 3 x 3 with stride 2 is even near 1,024 outputs, 512 x 1024 x 3 x 3 with stride 1 near
-# 64.
-_LARGE_WEIGHT = 1 << 20
+# A weight of so many elements leaves the caches while the outputs are computed row by row. Where they are few, all of
+# them are computed with one part of the weight before the next one, by the products of the definition (FEW).
+_LARGE_WEIGHT = 1 << 18
 _FEW_OUTPUTS, _FEW_WINOGRAD_OUTPUTS = 1024, 64
 
 # Devices whose autocast the ops follow.
@@ -254,15 +253,13 @@ class ConvolutionExplanation(Explanation):
 
     Attributes:
         triton_way: the way and why; empty if Triton cannot run the call.
-        preference: why the automatic choice is not the first usable backend; empty if it is.
     """
 
     triton_way: str = ""
-    preference: str = ""
 
     def __str__(self) -> str:
         way = f"\n  triton runs it {self.triton_way}" if self.triton_way else ""
-        return super().__str__() + (f"\n  {self.preference}" if self.preference else "") + way
+        return super().__str__() + way
 
 
 class ConvolutionBackends(OpBackends[C]):
@@ -278,34 +275,57 @@ class ConvolutionBackends(OpBackends[C]):
             op, prepare, {"cpu": cpu, "triton": _triton_reasons, "portable": _always, "reference": _always}
         )
 
-    def choose(self, problem: C, requested: str | None = None) -> str:
-        """As in :class:`OpBackends`; the automatic choice leaves small maps with large weights to oneDNN."""
-        if requested is None:
-            requested = self._request_in_force()
-        if requested == AUTO and problem.x.is_cpu and _prefers_portable(problem):
-            requested = "portable"
-        return super().choose(problem, requested)
-
     def explain(self, problem: C, requested: str | None = None) -> Explanation:
-        """As in :class:`OpBackends`, with Triton's way and the preference for oneDNN."""
+        """As in :class:`OpBackends`, with Triton's way."""
         plain = super().explain(problem, requested)
         way = _triton_way(problem) if "triton" in plain.usable else ""
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        preference = ""
-        if plain.requested == AUTO and plain.chosen == "cpu" and _prefers_portable(problem):
-            fields["chosen"] = "portable"
-            preference = "portable before cpu: so few outputs do not repay packing so large a weight"
-        return ConvolutionExplanation(**fields, triton_way=way, preference=preference)
+        return ConvolutionExplanation(**fields, triton_way=way)
 
 
-def _prefers_portable(problem: ConvolutionProblem) -> bool:
-    x, weight, geometry = problem.x, problem.weight, problem.geometry
-    if weight.numel() < _LARGE_WEIGHT:
-        return False
-    kernel = (weight.shape[2], weight.shape[3])
+class CpuWeight(NamedTuple):
+    """What the CPU kernels take for a weight: its shape, and its values packed as they read them.
+
+    Attributes:
+        weight: [O, Cin, kh, kw], only the shape is read.
+        packed: bytes.
+        few_outputs: how it was packed.
+    """
+
+    weight: Tensor
+    packed: Tensor
+    few_outputs: bool
+
+
+class _CpuPacking(NamedTuple):
+    """What decides how a weight is packed for the CPU kernels (csrc/cpu/convolution.h)."""
+
+    gated: bool
+    gate_first: bool
+    unit_stride: bool
+    few_outputs: bool
+
+
+def cpu_weight(
+    x: Tensor, weight: Tensor, geometry: Geometry, *, gated: bool = False, gate_first: bool = False
+) -> CpuWeight:
+    """The weight of a call for the CPU kernels, packed now or when the same values were last used."""
     height, width = geometry.output_of(x, weight)
-    winograd = kernel == (3, 3) and geometry.stride == (1, 1)
-    return x.shape[0] * height * width <= (_FEW_WINOGRAD_OUTPUTS if winograd else _FEW_OUTPUTS)
+    unit_stride = geometry.stride == (1, 1)
+    winograd = unit_stride and weight.shape[2:] == (3, 3)
+    most = _FEW_WINOGRAD_OUTPUTS if winograd else _FEW_OUTPUTS
+    few_outputs = weight.numel() >= _LARGE_WEIGHT and x.shape[0] * height * width <= most
+    packing = _CpuPacking(gated, gate_first, unit_stride, few_outputs)
+    packed = PACKED_WEIGHTS.get(weight, packing, _pack_cpu_weight, _digest)
+    return CpuWeight(weight, packed, few_outputs)
+
+
+def _pack_cpu_weight(weight: Tensor, packing: _CpuPacking) -> Tensor:
+    return torch.ops.inpaint_native.convolution_pack_weight(weight.detach().contiguous(), *packing)
+
+
+def _digest(weight: Tensor) -> int:
+    return torch.ops.inpaint_native.convolution_weight_digest(dense(weight))
 
 
 def _cpu_reasons(op: str, problem: ConvolutionProblem) -> list[str]:

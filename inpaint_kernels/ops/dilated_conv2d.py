@@ -16,6 +16,7 @@ from inpaint_kernels.ops._convolution import (
     autocast,
     check_activation,
     check_convolution,
+    cpu_weight,
     dense,
     fake_gradients,
     geometry_arguments,
@@ -224,14 +225,17 @@ def _cpu(
     x = dense(x)
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
+    packed = cpu_weight(x, weight, geometry)
     torch.ops.inpaint_native.dilated_conv2d(
         x,
-        weight.contiguous(),
+        packed.weight,
+        packed.packed,
         bias,
         *geometry.stride,
         geometry.pad[0],
         geometry.pad[2],
         *geometry.dilation,
+        packed.few_outputs,
         geometry.reflect,
         *activation,
         None if residual is None else like(residual, x),

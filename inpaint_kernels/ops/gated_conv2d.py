@@ -16,6 +16,7 @@ from inpaint_kernels.ops._convolution import (
     autocast,
     check_activation,
     check_convolution,
+    cpu_weight,
     dense,
     fake_gradients,
     geometry_arguments,
@@ -276,14 +277,17 @@ def _cpu(
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
     pre = empty_maps(x, weight.shape[0], size) if keep else None
+    packed = cpu_weight(x, weight, geometry, gated=True, gate_first=gate_first)
     torch.ops.inpaint_native.gated_conv2d(
         x,
-        weight.contiguous(),
+        packed.weight,
+        packed.packed,
         bias,
         *geometry.stride,
         geometry.pad[0],
         geometry.pad[2],
         *geometry.dilation,
+        packed.few_outputs,
         geometry.upsample,
         geometry.reflect,
         *activation,

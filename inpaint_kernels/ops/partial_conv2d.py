@@ -15,6 +15,7 @@ from inpaint_kernels.ops._convolution import (
     Pair,
     autocast,
     check_convolution,
+    cpu_weight,
     dense,
     fake_gradients,
     geometry_arguments,
@@ -268,16 +269,19 @@ def _cpu(
     x = dense(x)
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
+    packed = cpu_weight(x, weight, geometry)
     torch.ops.inpaint_native.partial_conv2d(
         x,
         mask.to(x.dtype).contiguous(),
         torch.tensor(mask_channels, dtype=torch.int64, device="cpu"),
-        weight.contiguous(),
+        packed.weight,
+        packed.packed,
         bias,
         *geometry.stride,
         geometry.pad[0],
         geometry.pad[2],
         *geometry.dilation,
+        packed.few_outputs,
         scale.contiguous(),
         shift.contiguous(),
         y,

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from inpaint_kernels._packed_weights import PACKED_WEIGHTS
 from inpaint_kernels.portable._convolution import Activation, Geometry
 from inpaint_kernels.triton_kernels._epilogues import activate
 from inpaint_kernels.triton_kernels._launch import Launch, Layout, needs_int64
 from inpaint_kernels.triton_kernels._launch_config import LaunchConfig, Layer, capability_of, launch_config, layer_of
-from inpaint_kernels.triton_kernels._packed_weights import PACKED_WEIGHTS, Packing
+from inpaint_kernels.triton_kernels._packed_weights import Packing, pack
 
 # Kernel ---------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +378,7 @@ def run_convolution(
     """Fill ``y`` [B, Cout, Ho, Wo] of ``layout``; see :func:`as_read` for what is copied."""
     layer = layer_of(x, weight, geometry, masked=input_mask is not None).padded
     config = launch_config(layer, capability_of(x))
-    packed = PACKED_WEIGHTS.get(weight, packing_for(layer, config, epilogue))
+    packed = PACKED_WEIGHTS.get(weight, packing_for(layer, config, epilogue), pack)
     kernel = (weight.shape[2], weight.shape[3])
     convolution(
         as_read(x, layer.channels_in), kernel, packed, geometry, layer, config, epilogue, y, layout, input_mask
