@@ -47,6 +47,15 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "contextual_attention_patch_backward(Tensor tile, Tensor score_gradients, Tensor row_of, Tensor pixels, "
       "Tensor(a!) gradients) -> ()");
 
+  // csrc/cpu/coherent_semantic_attention_{forward,backward}: inpaint_kernels/ops/coherent_semantic_attention.py
+  // documents the arguments and allocates the results.
+  m.def(
+      "coherent_semantic_attention_forward(Tensor x, Tensor flags, str variant, Tensor(a!) output, Tensor(b!) index, "
+      "Tensor(c!) alpha, Tensor(d!) beta, Tensor(e!) total) -> ()");
+  m.def(
+      "coherent_semantic_attention_backward(Tensor grad, Tensor x, Tensor flags, Tensor index, Tensor alpha, Tensor "
+      "beta, Tensor total, str variant, str gradient, float triple_weight, Tensor(a!) grad_x) -> ()");
+
   // csrc/cuda/coherent_semantic_attention{,_generate,_backward}: `layout` is a struct of int64 on the CPU, plans and
   // scratch are tensors; inpaint_kernels/cuda_kernels/coherent_semantic_attention.py makes them.
   m.def(

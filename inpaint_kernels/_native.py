@@ -36,6 +36,8 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "contextual_attention_softmax_backward": ("CUDA",),
     "contextual_attention_fuse_backward": ("CUDA",),
     "contextual_attention_patch_backward": ("CUDA",),
+    "coherent_semantic_attention_forward": ("CPU",),
+    "coherent_semantic_attention_backward": ("CPU",),
     "coherent_semantic_attention_pack": ("CUDA",),
     "coherent_semantic_attention_search": ("CUDA",),
     "coherent_semantic_attention_operands": ("CUDA",),
