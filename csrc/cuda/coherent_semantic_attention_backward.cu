@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const bool is_known = row_of[p] < of.known;
     T result = added;
     if (kExact && is_known) result += own;
-    if (!kExact) result = is_known ? own + weight * (own + added) : own;
+    if (!kExact) result = is_known && of.masked > 0 ? own + weight * (own + added) : own;
     map_gradient[place] = static_cast<V>(result);
   }
 }

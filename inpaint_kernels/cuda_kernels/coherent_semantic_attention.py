@@ -124,7 +124,7 @@ def forward(
         *(products, vectors, changed, alpha, beta, total, output),
     )
     maps = (x.shape[0], *x.shape[2:])
-    return output, index.view(maps), alpha.view(maps), beta.view(maps), total.view(maps)
+    return call.in_layout_of(x, output), index.view(maps), alpha.view(maps), beta.view(maps), total.view(maps)
 
 
 def backward(
@@ -169,7 +169,7 @@ def backward(
         *(*plan, call.plan.row_of, sorted_keys, order, alphas, betas, rows, key_terms, query_terms, gradient),
         *(float(triple_weight), grad, grad_x),
     )
-    return grad_x
+    return call.in_layout_of(x, grad_x)
 
 
 class _Call:
@@ -217,6 +217,10 @@ class _Call:
     def as_x(self, map_: Tensor) -> Tensor:
         """A map in the dtype and the order of memory of x."""
         return map_.to(self.x.dtype).contiguous(memory_format=self.memory_format)
+
+    def in_layout_of(self, x: Tensor, result: Tensor) -> Tensor:
+        """A result in the strides of an input that had to be copied."""
+        return result if self.x is x else torch.empty_like(x).copy_(result)
 
     def pack(self, map_: Tensor, rows: Tensor, norm: Tensor | None, *, masked_only: bool) -> None:
         self.kernels.coherent_semantic_attention_pack(
