@@ -117,18 +117,20 @@ __global__ void __launch_bounds__(kPackThreads, 1)
 
 // ---- Search ------------------------------------------------------------------------------------------------------
 
-constexpr int kSearchDepth = 16;  // channels that a block holds in shared memory at once
-
-// A block's tile of queries and keys; a thread's part of it is kMicro x kMicro.
-template <int kTileQueries, int kTileKeys, int kMicroSide>
+// A block's tile of queries and keys, and the channels of it that shared memory holds at once; a thread's part of it is
+// kMicro x kMicro.
+template <int kTileQueries, int kTileKeys, int kMicroSide, int kChannels>
 struct SearchTile {
-  static constexpr int kQueries = kTileQueries, kKeys = kTileKeys, kMicro = kMicroSide;
+  static constexpr int kQueries = kTileQueries, kKeys = kTileKeys, kMicro = kMicroSide, kDepth = kChannels;
   static constexpr int kRowThreads = kQueries / kMicro, kColumnThreads = kKeys / kMicro;
   static constexpr int kThreads = kRowThreads * kColumnThreads;
   static_assert(kColumnThreads == 16, "half a warp has the keys of one query");
 };
-using SmallTile = SearchTile<32, 64, 4>;
-using LargeTile = SearchTile<128, 128, 8>;
+// Small tiles leave little for a multiprocessor to switch to: the loads of the next channels take as long as 32
+// channels of FMAs. In double precision so many would not fit.
+using SmallTile = SearchTile<32, 64, 4, 32>;
+using SmallDoubleTile = SearchTile<32, 64, 4, 16>;
+using LargeTile = SearchTile<128, 128, 8, 16>;
 
 // How the blocks of a sample share its tiles: split `s` of query tile `t` is item t * splits + s.
 struct SearchWork {
@@ -167,11 +169,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                               int32_t* __restrict__ partial_key, int64_t most_items) {
   using T = ScoreType<V>;
   constexpr int kMicro = Tile::kMicro, kParts = kMicro / kQuad;
-  constexpr int kQueryLoads = Tile::kQueries * kSearchDepth / Tile::kThreads;
-  constexpr int kKeyLoads = Tile::kKeys * kSearchDepth / Tile::kThreads;
-  constexpr int kLoadStep = Tile::kThreads / kSearchDepth;  // rows between two loads of a thread
-  alignas(16) __shared__ T query_tile[2][kSearchDepth][Tile::kQueries + kQuad];
-  alignas(16) __shared__ T key_tile[2][kSearchDepth][Tile::kKeys + kQuad];
+  constexpr int kQueryLoads = Tile::kQueries * Tile::kDepth / Tile::kThreads;
+  constexpr int kKeyLoads = Tile::kKeys * Tile::kDepth / Tile::kThreads;
+  constexpr int kLoadStep = Tile::kThreads / Tile::kDepth;  // rows between two loads of a thread
+  alignas(16) __shared__ T query_tile[2][Tile::kDepth][Tile::kQueries + kQuad];
+  alignas(16) __shared__ T key_tile[2][Tile::kDepth][Tile::kKeys + kQuad];
   __shared__ int32_t query_row[Tile::kQueries];  // -1: none
   const int64_t sample = blockIdx.z;
   const CoherentSample of(layout, plan, sample);
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   norm += sample * layout.positions;
   const SearchWork work(count, of.known, Tile::kQueries, Tile::kKeys, gridDim.x);
   const int thread = threadIdx.x, column = thread % Tile::kColumnThreads, row = thread / Tile::kColumnThreads;
-  const int load_channel = thread % kSearchDepth, load_row = thread / kSearchDepth;
+  const int load_channel = thread % Tile::kDepth, load_row = thread / Tile::kDepth;
   for (int64_t item = blockIdx.x; item < work.tiles * work.splits; item += gridDim.x) {
     const int64_t tile = item / work.splits, split = item - tile * work.splits;
     __syncthreads();
@@ -225,12 +227,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       store(0);
       __syncthreads();
       int buffer = 0;
-      for (int64_t channel = 0; channel < channels; channel += kSearchDepth, buffer ^= 1) {
-        const bool has_next = channel + kSearchDepth < channels;
-        if (has_next) load(channel + kSearchDepth);
+      for (int64_t channel = 0; channel < channels; channel += Tile::kDepth, buffer ^= 1) {
+        const bool has_next = channel + Tile::kDepth < channels;
+        if (has_next) load(channel + Tile::kDepth);
         // Channels past the last one are zeros: fma(0, 0, sum) is the sum, but for a sum of -0, which nobody can tell.
 #pragma unroll
-        for (int c = 0; c < kSearchDepth; ++c) {
+        for (int c = 0; c < Tile::kDepth; ++c) {
           Quad<T> q[kParts], k[kParts];
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
@@ -257,11 +259,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
 #pragma unroll
     for (int m = 0; m < kMicro; ++m) {
-#pragma unroll
-      for (int step = Tile::kColumnThreads / 2; step > 0; step /= 2) {
-        const T score = __shfl_xor_sync(0xffffffffu, best[m].score, step);
-        best[m].update(score, __shfl_xor_sync(0xffffffffu, best[m].key, step));
-      }
+      best[m] = best_of_lanes(best[m], Tile::kColumnThreads);
       if (column == 0) {
         const int64_t at =
             (sample * most_items + item) * Tile::kQueries + (m / kQuad * Tile::kRowThreads + row) * kQuad + m % kQuad;
@@ -272,6 +270,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
+constexpr int kMatchThreads = 128;
+
 // What the filter knows of every query; null pointers: there was no filter.
 template <class T>
 struct FilterState {
@@ -281,8 +281,8 @@ struct FilterState {
   int32_t* candidates;  // how many keys were scored; -1 - i: too many, the query is entry i of the list
 };
 
-// The best of all splits or what the filter found; value [samples, most_masked] (of variant "paper": the cosine),
-// match, likewise: the key's row; index [samples, positions].
+// The best of all splits or what the filter found, a warp per query; value [samples, most_masked] (of variant "paper":
+// the cosine), match, likewise: the key's row; index [samples, positions].
 template <class T>
 __global__ void coherent_semantic_attention_matches_kernel(CoherentLayout layout, CoherentPlan plan,
                                                            const T* __restrict__ norm, SearchQueries queries,
@@ -294,7 +294,8 @@ __global__ void coherent_semantic_attention_matches_kernel(CoherentLayout layout
   const int64_t sample = blockIdx.z;
   const CoherentSample of(layout, plan, sample);
   const SearchWork work(queries.count_of(of, sample), of.known, tile_queries, tile_keys, blocks);
-  for (int64_t i = global_thread(); i < of.masked; i += grid_stride()) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t i = global_thread() / kWarp; i < of.masked; i += grid_stride() / kWarp) {
     const int64_t at = sample * layout.most_masked + i;
     Match<T> best = Match<T>::none();
     int64_t slot = i;
@@ -302,22 +303,25 @@ __global__ void coherent_semantic_attention_matches_kernel(CoherentLayout layout
       slot = -1 - int64_t{state.candidates[at]};
       if (slot < 0) best = {state.score[at], state.key[at]};
     }
-    for (int64_t split = 0; slot >= 0 && split < work.splits; ++split) {
+    for (int64_t split = lane; slot >= 0 && split < work.splits; split += kWarp) {
       const int64_t item = slot / tile_queries * work.splits + split;
       const int64_t from = (sample * most_items + item) * tile_queries + slot % tile_queries;
       best.update(partial_score[from], partial_key[from]);
     }
-    value[at] = is_paper ? best.score * inverse_length(norm[sample * layout.positions + of.known + i]) : best.score;
-    match[at] = best.key;
-    index[sample * layout.positions + of.position_of_query(i)] = of.positions[best.key];
+    best = best_of_lanes(best, kWarp);
+    if (lane == 0) {
+      value[at] = is_paper ? best.score * inverse_length(norm[sample * layout.positions + of.known + i]) : best.score;
+      match[at] = best.key;
+      index[sample * layout.positions + of.position_of_query(i)] = of.positions[best.key];
+    }
   }
 }
 
 // ---- Filter ------------------------------------------------------------------------------------------------------
-// Tensor cores multiply operands of half precision: queries times a power of two that brings their length to at most 1,
-// keys divided by their length, so that no product is larger than 1 and all have one bound of their error. Which score
-// is the largest they cannot say, but which ones cannot be: those of keys whose product is more than twice the error
-// below the largest one. The others are scored again, in the order of the search.
+// Tensor cores multiply operands of half precision: queries and keys divided by their lengths, so that products are
+// cosines and all have one bound of their error. Which score is the largest they cannot say, but which ones cannot be:
+// those of keys whose product is more than twice the error below the largest one. The others are scored again, in the
+// order of the search.
 
 constexpr int kOperandThreads = 256;
 constexpr int kFilterThreads = 256;
@@ -328,17 +332,6 @@ constexpr int kMostCandidates = 1024;
 constexpr float kShortest = 0x1p-60f, kLongest = 0x1p60f;
 
 __device__ __forceinline__ bool is_bounded(float length) { return length >= kShortest && length <= kLongest; }
-
-// The power of two that brings a bounded length to (1/2, 1].
-__device__ __forceinline__ float scale_to_one(float length) {
-  uint32_t bits;
-  memcpy(&bits, &length, sizeof bits);
-  const int exponent = static_cast<int>(bits >> 23) - 126;  // length <= 2^exponent, also after rounding
-  bits = static_cast<uint32_t>(127 - exponent) << 23;
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
-  return scale;
-}
 
 // query_operands [samples, most_masked, columns], key_operands [samples, key rows, columns]: zeros in the padding. A
 // key whose length is out of bounds becomes NaN, and with it all its products: they are candidates. count [samples] =
@@ -362,7 +355,7 @@ __global__ void __launch_bounds__(kOperandThreads, 1)
     const bool exists = entry < (is_query ? of.masked : of.known);
     const int64_t row = is_query ? of.known + entry : entry;
     const float length = exists ? norm[row] : 0.0f;
-    float factor = is_query && is_bounded(length) ? scale_to_one(length) : 0.0f;
+    float factor = is_query && is_bounded(length) ? 1.0f / length : 0.0f;
     if (!is_query && exists) factor = length <= kLongest ? inverse_length(length) : NAN;
     __half* to = (is_query ? query_operands : key_operands) + entry * columns;
     for (int64_t c = global_thread(); c < columns; c += grid_stride()) {
@@ -460,11 +453,7 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
       }
     }
     if (queued > 0 && candidates <= kMostCandidates) score_queued(queued);
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float score = __shfl_xor_sync(0xffffffffu, best.score, step);
-      best.update(score, __shfl_xor_sync(0xffffffffu, best.key, step));
-    }
+    best = best_of_lanes(best, kWarp);
     if (lane == 0 && exists) {
       if (tile.is_last && candidates > kMostCandidates) {
         const int entry = atomicAdd(count + sample, 1);
@@ -512,8 +501,9 @@ void launch_coherent_search_in(const CoherentLayout& layout, const CoherentPlan&
                 dim3(static_cast<unsigned>(blocks), 1, coherent_grid_z(layout.samples)), dim3(Tile::kThreads), 0,
                 stream, layout, plan, rows, norm, queries, partial_score, partial_key, most_items);
   launch_kernel(coherent_semantic_attention_matches_kernel<T>,
-                dim3(static_cast<unsigned>(ceil_div(layout.most_masked, kWarp)), 1, coherent_grid_z(layout.samples)),
-                dim3(kWarp), 0, stream, layout, plan, norm, queries, partial_score, partial_key, most_items,
+                dim3(static_cast<unsigned>(ceil_div(layout.most_masked, kMatchThreads / kWarp)), 1,
+                     coherent_grid_z(layout.samples)),
+                dim3(kMatchThreads), 0, stream, layout, plan, norm, queries, partial_score, partial_key, most_items,
                 Tile::kQueries, Tile::kKeys, blocks, state, is_paper, value, match, index);
 }
 
@@ -536,8 +526,9 @@ void launch_coherent_search(const CoherentLayout& layout, const int32_t* positio
       return;
     }
   }
-  launch_coherent_search_in<V, SmallTile>(layout, plan, rows, norm, queries, blocks, partial_score, partial_key, state,
-                                          is_paper, value, match, index, stream);
+  using Small = std::conditional_t<std::is_same_v<V, double>, SmallDoubleTile, SmallTile>;
+  launch_coherent_search_in<V, Small>(layout, plan, rows, norm, queries, blocks, partial_score, partial_key, state,
+                                      is_paper, value, match, index, stream);
 }
 
 template <class V>

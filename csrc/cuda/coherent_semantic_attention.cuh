@@ -85,6 +85,16 @@ struct Match {
   }
 };
 
+// The best match of `lanes` neighbouring lanes, in each of them.
+template <class T>
+__device__ Match<T> best_of_lanes(Match<T> best, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    const T score = __shfl_xor_sync(0xffffffffu, best.score, step);
+    best.update(score, __shfl_xor_sync(0xffffffffu, best.key, step));
+  }
+  return best;
+}
+
 // alpha * y + beta * k without 0 * infinity: what a restart leaves behind does not matter any more.
 template <class T>
 __device__ __forceinline__ T blend(T alpha, T y, T beta_k) {
@@ -141,9 +151,15 @@ __device__ bool any_of_block(bool predicate) {
 // vector).
 template <int kThreads, class T, class Run>
 __device__ void scan_chunks(const ScanCarries<T>& carries, int64_t sample, int64_t chunks, const Run& run) {
-  bool has_changed = false;
+  bool has_changed = false, is_settled = false;
+  if (carries.is_last() && carries.pass > 0) {
+    bool is_any_due = false;
+    for (int64_t n = threadIdx.x; n < chunks; n += kThreads)
+      is_any_due |= *carries.changed_at(carries.pass - 1, sample, n) != 0;
+    is_settled = !any_of_block<kThreads>(is_any_due);
+  }
   const int64_t first = carries.is_last() ? 0 : blockIdx.x, step = carries.is_last() ? 1 : gridDim.x;
-  for (int64_t n = first; n < chunks; n += step) {
+  for (int64_t n = first; n < chunks && !is_settled; n += step) {
     const bool is_due = carries.pass == 0 || has_changed || *carries.changed_at(carries.pass - 1, sample, n) != 0;
     const T* before = carries.vector(carries.pass, sample, n + 1);
     T* out = carries.vector(carries.is_last() ? carries.pass : carries.pass + 1, sample, n + 1);

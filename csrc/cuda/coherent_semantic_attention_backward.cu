@@ -50,18 +50,26 @@ __device__ void scan_steps_back(int count, const T* slope_products, const T* gra
                                 const T* alphas, const T* betas, const T* totals, T* lambdas) {
   const int lane = threadIdx.x % kWarp;
   T h[2] = {h_of[lane], h_of[lane + kWarp]};
+  const auto of_row = [&](int r) { return __shfl_sync(0xffffffffu, r < kWarp ? h[0] : h[1], r % kWarp); };
+  T own = of_row(count - 1);
   for (int l = count - 1; l >= 0; --l) {
-    const T own = __shfl_sync(0xffffffffu, l < kWarp ? h[0] : h[1], l % kWarp);
+    const T* slopes = slope_products + l * kChunk;
+    const T* gradients = gradient_products + (l > 0 ? l - 1 : 0) * kChunk;
+    // The row before, before this step: fetched now, while the division takes its time.
+    const int next = l > 0 ? l - 1 : 0;
+    const T next_own = of_row(next);
     const T lambda = totals[l] == INFINITY ? T(0) : own / totals[l];
     const T coefficient = betas[l] * lambda;
+    const auto changed = [&](T value, int t) {
+      return blend(alphas[l], value, term(coefficient, slopes[t]) + gradients[t]);
+    };
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int t = lane + part * kWarp;
-      if (t < l)
-        h[part] = blend(alphas[l], h[part],
-                        term(coefficient, slope_products[l * kChunk + t]) + gradient_products[(l - 1) * kChunk + t]);
+      if (t < l) h[part] = changed(h[part], t);
       if (t == l) lambdas[l] = lambda;
     }
+    own = changed(next_own, next);
   }
 }
 

@@ -23,21 +23,26 @@ __device__ void scan_steps(int count, bool starts, const T* products, const T* k
   T h[2] = {h_of[lane], h_of[lane + kWarp]};  // u_t . y of the present vector y
   T g[2] = {};                                // k_t . y
   if (kPaper) g[0] = g_of[lane], g[1] = g_of[lane + kWarp];
+  const auto of_row = [&](const T* values, int r) {
+    return __shfl_sync(0xffffffffu, r < kWarp ? values[0] : values[1], r % kWarp);
+  };
+  T u_y = of_row(h, 0), k_y = kPaper ? of_row(g, 0) : T(0);
   for (int r = 0; r < count; ++r) {
     const T* line = products + r * kChunk;
     const T* key_line = key_products + r * kChunk;
-    T a = __shfl_sync(0xffffffffu, r < kWarp ? h[0] : h[1], r % kWarp);
-    if (kPaper) a *= inverse_length(sqrt(squared_length));
+    // The next row's products with the vector before this step: fetched now, while the divisions take their time.
+    const int next = min(r + 1, kChunk - 1);
+    const T next_u_y = of_row(h, next), next_k_y = kPaper ? of_row(g, next) : T(0);
+    const T a = kPaper ? u_y * inverse_length(sqrt(squared_length)) : u_y;
     const T v = values[r], s = a + v;
     const bool restarts = (starts && r == 0) || s == T(0) || !isfinite(s);
     const T alpha = restarts ? T(0) : a / s, beta = restarts ? T(1) : v / s;
     if (kPaper) {
-      const T key_y = __shfl_sync(0xffffffffu, r < kWarp ? g[0] : g[1], r % kWarp);
       const T key_squared = beta * beta * key_line[r];
       if (alpha == T(0)) {
         squared_length = key_squared;
       } else {
-        const T sum = alpha * alpha * squared_length + 2 * alpha * beta * key_y + key_squared;
+        const T sum = alpha * alpha * squared_length + 2 * alpha * beta * k_y + key_squared;
         squared_length = sum < T(0) ? T(0) : sum;
       }
     }
@@ -48,6 +53,8 @@ __device__ void scan_steps(int count, bool starts, const T* products, const T* k
       if (kPaper && t > r) g[part] = blend(alpha, g[part], beta * key_line[t]);
       if (t == r) alphas[r] = alpha, betas[r] = beta, totals[r] = restarts ? static_cast<T>(INFINITY) : s;
     }
+    u_y = blend(alpha, next_u_y, beta * line[next]);
+    if (kPaper) k_y = blend(alpha, next_k_y, beta * key_line[next]);
   }
 }
 
@@ -91,7 +98,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       key_rows[r] = of.key(i);
     }
     if (n > 0) {
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t c = lane; c < of.channels; c += kWarp) {
         const T y = entering(c);
         if (kPaper) squares = fma(y, y, squares);
@@ -114,6 +121,15 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     if (kPaper) squares = warp_sum(squares);
     if (threadIdx.x == 0) squared_length = squares;
     __syncthreads();
+    // What the end of the chunk needs of the matched vectors: on its way while warp 0 computes, where there are registers
+    // for it.
+    constexpr bool kAhead = sizeof(T) == 4 && !kPaper;
+    V ahead[kAhead ? kChunk : 1];
+    if (kAhead) {
+#pragma unroll
+      for (int r = 0; r < kChunk; ++r)
+        if (r < count && threadIdx.x < of.channels) ahead[r] = of.rows[keys[r] * of.channels + threadIdx.x];
+    }
     if (warp == 0)
       scan_steps<T, kPaper>(count, n == 0, shared_products, shared_key_products, h, g, squared_length, values, alphas,
                             betas, totals);
@@ -125,14 +141,24 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       total[p] = totals[threadIdx.x];
     }
     bool differs = false;
-    for (int64_t c = threadIdx.x; c < of.channels; c += kScanThreads) {
+    const auto leave = [&](int64_t c, T y) {
+      if (before != nullptr)
+        differs |= !same_bits(y, carries.is_guess() ? static_cast<T>(of.key(first + count - 1)[c]) : before[c]);
+      out[c] = y;
+    };
+    if (kAhead && threadIdx.x < of.channels) {
+      T y = entering(threadIdx.x);
+#pragma unroll
+      for (int r = 0; r < kChunk; ++r)
+        if (r < count) y = blend(alphas[r], y, betas[r] * static_cast<T>(ahead[kAhead ? r : 0]));
+      leave(threadIdx.x, y);
+    }
+    for (int64_t c = threadIdx.x + (kAhead ? kScanThreads : 0); c < of.channels; c += kScanThreads) {
       T y = entering(c);
 #pragma unroll 8
       for (int r = 0; r < count; ++r)
         y = blend(alphas[r], y, betas[r] * static_cast<T>(of.rows[keys[r] * of.channels + c]));
-      if (before != nullptr)
-        differs |= !same_bits(y, carries.is_guess() ? static_cast<T>(of.key(first + count - 1)[c]) : before[c]);
-      out[c] = y;
+      leave(c, y);
     }
     return any_of_block<kScanThreads>(differs);
   });
@@ -163,7 +189,7 @@ __global__ void __launch_bounds__(kGenerateThreads, 1)
     const ScanCarries<T> carries{
         const_cast<T*>(vectors), nullptr, scan.layout.samples, scan.layout.chunks(), of.channels, 0, 0};
     T y = n == 0 ? T(0) : carries.vector(static_cast<int>(passes), sample, n)[channel];
-#pragma unroll 8
+#pragma unroll 16
     for (int r = 0; r < count; ++r) {
       y = blend(alphas[r], y, betas[r] * static_cast<T>(of.rows[keys[r] * of.channels + channel]));
       tile[r][thread] = static_cast<V>(y);

@@ -13,7 +13,7 @@ constexpr int kScanThreads = 512;
 constexpr int kScanWarps = kScanThreads / kWarp;
 constexpr int kRowsOfWarp = kChunk / kScanWarps;
 constexpr int kProductSide = 32;
-constexpr int kProductDepth = 32;
+constexpr int kProductDepth = 64;
 constexpr int kProductThreads = 256;
 constexpr int kSubtiles = 3;
 static_assert(kChunk == 2 * kWarp, "a lane has two rows of a chunk");
@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   using T = ScoreType<V>;
   constexpr bool kIsForward = kProduct == ChunkProduct::kDirections || kProduct == ChunkProduct::kMatches;
   constexpr int kLoads = kProductSide * kProductDepth / kProductThreads;
+  constexpr int kLoadStep = kProductThreads / kProductDepth;  // rows between two loads of a thread
   constexpr int kMicro = 2, kMicroThreads = kProductSide / kMicro;
   __shared__ T step_tile[kProductDepth][kProductSide + 1], other_tile[kProductDepth][kProductSide + 1];
   const int64_t sample = blockIdx.z, chunk = blockIdx.x;
@@ -140,25 +141,34 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const int half_of_others = blockIdx.y == 2 || (kIsForward && blockIdx.y == 1);
   const int64_t first_step = chunk * kChunk + half_of_steps * kProductSide;
   const int64_t first_other = chunk * kChunk + half_of_others * kProductSide;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int load_channel = threadIdx.x % kProductDepth, load_row = threadIdx.x / kProductDepth;
   const int column = threadIdx.x % kMicroThreads, row = threadIdx.x / kMicroThreads;
   RowPair<V> steps[kLoads], others[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int64_t at = warp + i * (kProductThreads / kWarp), step = first_step + at, other = first_other + at;
+    const int64_t at = load_row + i * kLoadStep, step = first_step + at, other = first_other + at;
     steps[i] = step < of.masked ? step_row<kProduct>(of, step) : RowPair<V>{};
     others[i] = other < of.masked ? other_row<kProduct>(of, other) : RowPair<V>{};
   }
-  T sums[kMicro][kMicro] = {};
-  for (int64_t channel = 0; channel < of.channels; channel += kProductDepth) {
-    const int64_t c = channel + lane;
+  T next_steps[kLoads], next_others[kLoads];
+  const auto load = [&](int64_t channel) {
+    const int64_t c = channel + load_channel;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = warp + i * (kProductThreads / kWarp);
-      step_tile[lane][at] = c < of.channels && steps[i].x != nullptr ? steps[i][c] : T(0);
-      other_tile[lane][at] = c < of.channels && others[i].x != nullptr ? others[i][c] : T(0);
+      next_steps[i] = c < of.channels && steps[i].x != nullptr ? steps[i][c] : T(0);
+      next_others[i] = c < of.channels && others[i].x != nullptr ? others[i][c] : T(0);
+    }
+  };
+  T sums[kMicro][kMicro] = {};
+  load(0);
+  for (int64_t channel = 0; channel < of.channels; channel += kProductDepth) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      step_tile[load_channel][load_row + i * kLoadStep] = next_steps[i];
+      other_tile[load_channel][load_row + i * kLoadStep] = next_others[i];
     }
     __syncthreads();
+    load(channel + kProductDepth);
 #pragma unroll 8
     for (int depth = 0; depth < kProductDepth; ++depth) {
 #pragma unroll

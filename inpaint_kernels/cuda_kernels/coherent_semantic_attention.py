@@ -110,8 +110,9 @@ def forward(
     call = _Call(x, flags, kernels)
     rows, norm = call.new_rows(masked_only=False), call.new(call.samples, call.positions)
     output = torch.empty_like(call.x)
-    index = call.new(call.samples, call.positions, dtype=torch.int64)
-    alpha, beta, total = (call.new(call.samples, call.positions) for _ in range(3))
+    maps = (call.samples, *x.shape[2:])
+    index = call.new(*maps, dtype=torch.int64)
+    alpha, beta, total = (call.new(*maps) for _ in range(3))
     call.kernels.coherent_semantic_attention_pack(
         *(call.layout, call.plan.row_of, call.plan.known, call.x, False),
         *(rows, norm, output, index, alpha, beta, total),
@@ -123,8 +124,7 @@ def forward(
         *(call.layout, call.plan.positions, call.plan.known, rows, norm, value, match, is_paper, passes),
         *(products, vectors, changed, alpha, beta, total, output),
     )
-    maps = (x.shape[0], *x.shape[2:])
-    return call.in_layout_of(x, output), index.view(maps), alpha.view(maps), beta.view(maps), total.view(maps)
+    return call.in_layout_of(x, output), index, alpha, beta, total
 
 
 def backward(
@@ -333,9 +333,9 @@ def product_tile(samples: int, queries: int, keys: int) -> tuple[int, int, int]:
 def product_error(channels: int) -> float:
     """How far a product of the filter may be from the score of the search, both in units of the query's length.
 
-    Operands are at most 1 long: queries times a power of two, keys times the float32 that the search multiplies by. In
-    half precision each element is off by 2^-11 of itself, or by 2^-25 where it is tiny, so by Cauchy and Schwarz a
-    product is off by 2^-11 + 2^-25 sqrt(C) from either operand. Tensor cores add at most C numbers no larger than the
+    Operands are vectors over their lengths, 1 long at most; the keys' factor is the float32 that the search multiplies
+    by. In half precision each element is off by 2^-11 of itself, or by 2^-25 where it is tiny, and by 2^-24 from the
+    factor, so by Cauchy and Schwarz a product is off by 2^-11 + 2^-24 + 2^-25 sqrt(C) from either operand. Tensor cores add at most C numbers no larger than the
     sum of all magnitudes, which is at most 1; each addition may cut off what is below 2^-22 of that (they align the
     terms of a group and truncate, to at least 24 bits). The search itself rounds C times by 2^-24, and its length of a
     vector is off by C 2^-25 at most, by which operands may be longer than 1.
