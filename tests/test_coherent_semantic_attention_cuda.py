@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches import evidence
-from inpaint_kernels import coherent_semantic_attention
+from benches import evidence, harness, report
+from benches import gpu_coherent_semantic_attention as bench
+from benches.gpu_coherent_semantic_attention import GpuCoherentCase
+from benches.gpu_contextual_attention import BFLOAT16, FLOAT32
+from inpaint_kernels import _native, coherent_semantic_attention
 from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
 from inpaint_kernels.reference import coherent_semantic_attention as reference
 from tests.compare import assert_close_to_reference
@@ -242,6 +245,18 @@ def test_equal_scores_are_decided_by_the_lower_position():
     assert len(index.unique()) <= 6
 
 
+@needs_emulation
+@pytest.mark.skipif(
+    not _native.available("coherent_semantic_attention_forward", "CPU"), reason="the CPU kernel is not built"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_search_finds_what_the_cpu_kernel_finds(dtype):
+    """Whose scores are the same chains: near ties are decided alike."""
+    x, flags = near_ties(dtype)
+    result = coherent_semantic_attention(x, flags, backend="cpu", return_attention=True)
+    assert torch.equal(emulated(x, flags)[1], result.index)
+
+
 # Filter ---------------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +287,7 @@ def near_ties(dtype: torch.dtype, channels: int = 24, size: int = 16) -> tuple[T
     """Keys that differ from each other in the last bits, and queries that are such keys themselves."""
     base = torch.randn(1, channels, 1, 3, dtype=torch.float64).expand(-1, -1, size, -1)
     x = base.repeat(1, 1, 1, size // 3 + 1)[..., :size].clone()
-    ulp = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+    ulp = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
     x *= 1 + ulp * torch.randint(-2, 3, x.shape)
     x *= torch.rand(size, size).mul(4).exp2()
     return x.to(dtype), make_flags((size, size), "box")
@@ -458,20 +473,27 @@ def backward_of(
     )
 
 
+def in_float(results: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(of.cpu().to(dtype) if of.is_floating_point() else of.cpu() for of in results)
+
+
+def reference_backward(
+    grad: Tensor, x: Tensor, flags: Tensor, results: tuple[Tensor, ...], variant: str, gradient: str, weight: float
+) -> Tensor:
+    output, index, alpha, beta, total = results
+    return reference.backward(grad, x, flags, output, index, alpha, beta, total, variant, gradient, weight)
+
+
 def check_backward(
     x: Tensor, flags: Tensor, variant: str, gradient: str, tolerance: float, wide_expected: bool = True
 ) -> None:
+    """Against float64, or with the coefficients of the result: on their last bits it depends what is cut off."""
     grad = torch.randn(x.shape, dtype=torch.float64).to(x)
     results = emulated(x, flags, variant)
     got = backward_of(grad, x, flags, results, variant, gradient)
-    if wide_expected:
-        wide = x.double()
-        expected = reference.backward(
-            grad.double(), wide, flags, *reference.forward(wide, flags, variant), variant, gradient, 0.7
-        )
-    else:  # with the same coefficients: which weights are truncated depends on their last bits
-        of_positions = [of.float() if of.is_floating_point() else of for of in results]
-        expected = reference.backward(grad.float(), x.float(), flags, *of_positions, variant, gradient, 0.7)
+    to = torch.float64 if wide_expected else torch.float32
+    own = reference.forward(x.double(), flags, variant) if wide_expected else in_float(results, to)
+    expected = reference_backward(grad.to(to), x.to(to), flags, own, variant, gradient, 0.7)
     assert got.dtype == x.dtype
     assert got.stride() == x.stride()
     error = relative_error(got, expected)
@@ -678,6 +700,61 @@ def test_the_filter_is_not_for_sums_of_half_precision():
     assert not is_filtered(64, 1)
 
 
+# The bench ------------------------------------------------------------------------------------------------------------
+
+
+def predicted(case: GpuCoherentCase) -> float:
+    return report.prediction(dict(case.facts()), report.H200_DATASHEET)
+
+
+def test_predictions_meet_the_goals():
+    """And no prediction is below its floor; launches and chains of the smallest case are not in its figure."""
+    assert predicted(GpuCoherentCase(32, 1, FLOAT32)) < 20e-6
+    assert predicted(GpuCoherentCase(250, 1, FLOAT32)) < 4e-3
+    for case in bench.cases():
+        assert report.floor(dict(case.facts()), report.H200_DATASHEET) < predicted(case)
+
+
+def test_the_largest_search_is_750_gflop_on_tensor_cores():
+    facts = GpuCoherentCase(250, 1, FLOAT32).facts()
+    assert (facts["queries"], facts["keys"]) == (15625, 46875)
+    assert facts["flops"] == 2 * 512 * 15625 * 46875
+    assert facts["products"] == BFLOAT16
+    assert GpuCoherentCase(32, 1, FLOAT32).facts()["products"] == FLOAT32
+
+
+def passes_gate(case: GpuCoherentCase, monkeypatch: Any, small: bool = True) -> None:
+    if not small:
+        monkeypatch.setattr(bench, "LARGEST_NAIVE_SIZE", 0)
+    names = [name for name in case.provider_names if name != bench.PRODUCTS]
+    measurements, _ = harness.run_race([case.provider(name) for name in names], case.tolerances, seconds=0, rounds=1)
+    for name in names:
+        assert measurements[name].failure is None, (name, measurements[name].failure)
+
+
+@pytest.mark.parametrize("gradient", [None, "official", "exact"])
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+def test_providers_pass_the_gate(precision, gradient, monkeypatch):
+    passes_gate(GpuCoherentCase(16, 2, precision, gradient, device="cpu"), monkeypatch)
+
+
+def test_large_cases_are_gated_by_their_first_rows(monkeypatch):
+    passes_gate(GpuCoherentCase(20, 1, FLOAT32, device="cpu"), monkeypatch, small=False)
+
+
+def test_a_mistake_does_not_pass_the_gate(monkeypatch):
+    monkeypatch.setattr(bench, "_expected", lambda case: (bench._inputs(case)[0].double(),))
+    with pytest.raises(AssertionError, match="WrongResult"):
+        passes_gate(GpuCoherentCase(16, 1, FLOAT32, device="cpu"), monkeypatch)
+
+
+def test_the_products_alone_run_in_both_precisions(monkeypatch):
+    for least in (0, math.inf):
+        monkeypatch.setattr(cuda_kernels, "LEAST_FILTERED_FLOPS", least)
+        monkeypatch.setattr(cuda_kernels, "PRODUCT_BYTES", 1 << 14)
+        assert bench.bare_products(GpuCoherentCase(16, 3, FLOAT32, device="cpu"))() == ()
+
+
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
 
@@ -694,12 +771,11 @@ def test_gpu_equals_the_reference(size, dtype, variant):
     assert relative_error(result[0].cpu(), expected[0]) < tolerance
     for gradient in GRADIENTS:
         grad = torch.randn(x.shape).to(dtype)
-        got = cuda_kernels.backward(grad.cuda(), x.cuda(), flags, *result, variant, gradient, 1.0)
-        own = [of.cpu().double() if of.is_floating_point() else of.cpu() for of in result]
-        if gradient == "official":
-            own = [of.cpu().float() if dtype != torch.float64 and of.is_floating_point() else of.cpu() for of in result]
-        wide = torch.float32 if gradient == "official" and dtype != torch.float64 else torch.float64
-        expected_gradient = reference.backward(grad.to(wide), x.to(wide), flags, *own, variant, gradient, 1.0)
+        of_gpu = (result[0], result[1], result[2], result[3], result[4])
+        got = cuda_kernels.backward(grad.cuda(), x.cuda(), flags, *of_gpu, variant, gradient, 1.0)
+        to = torch.float32 if gradient == "official" and dtype != torch.float64 else torch.float64
+        own = in_float(result, to)
+        expected_gradient = reference_backward(grad.to(to), x.to(to), flags, own, variant, gradient, 1.0)
         assert relative_error(got.cpu(), expected_gradient) < 10 * tolerance
 
 
