@@ -68,22 +68,35 @@ INPAINT_INLINE bool is_run(const VectorMap<Element>& map, const int64_t* offsets
   return map.column_stride == 1 && offsets[kChunk - 1] - offsets[0] == kChunk - 1;
 }
 
-// rows[i][c] = map[c] at offsets[i], for `count` of them. Offsets ascend, or the whole is merely slower.
+// Planes are too far apart for the processor to foresee the next one: so many channels ahead its lines are asked for
+// (measured at 64x64: packing and gathering took 30 % of what the search does without, and 20 % with).
+constexpr int64_t kPlanesAhead = 6;
+
+// Asks for the elements at some offsets of a plane.
+template <class Element>
+INPAINT_INLINE void prefetch_plane(const VectorMap<const Element>& map, int64_t channel, const int64_t* offsets,
+                                   int64_t count, bool run) {
+  const Element* plane = map.data + channel * map.channel_stride;
+  for (int64_t i = 0; i < count; i += run ? kChunk : 1) __builtin_prefetch(plane + offsets[i]);
+}
+
+// rows[i][c] = map[c] at offsets[i], for `count` of them.
 template <class T, class Element>
 INPAINT_INLINE void gather_rows_body(const VectorMap<const Element>& map, const int64_t* offsets, int64_t count,
                                      T* rows, int64_t stride) {
   const int64_t channels = map.channels, whole = map.channel_stride == 1 ? channels / kChunk * kChunk : 0;
   for (int64_t i = 0; i < count && whole > 0; ++i)
     for (int64_t c = 0; c < whole; c += kChunk) store(rows + i * stride + c, load_chunk<T>(map.data + offsets[i] + c));
-  // A line of channels of some rows at a time: what is written stays in the first-level cache.
+  // A plane is read along its positions: in small maps the planes lie so that they would push each other out of the
+  // cache. A line of channels of all rows, which is written meanwhile, stays there.
   for (int64_t first = whole; first < channels; first += kLanes<T>) {
-    const int64_t last = std::min<int64_t>(channels, first + kLanes<T>);
-    for (int64_t i = 0; i < count; i += kChunk) {
-      const int64_t some = std::min<int64_t>(kChunk, count - i);
-      const bool run = some == kChunk && is_run(map, offsets + i);
-      for (int64_t c = first; c < last; ++c) {
-        const Element* from = map.data + c * map.channel_stride;
+    for (int64_t c = first; c < std::min<int64_t>(channels, first + kLanes<T>); ++c) {
+      const Element* from = map.data + c * map.channel_stride;
+      for (int64_t i = 0; i < count; i += kChunk) {
         T* to = rows + i * stride + c;
+        const int64_t some = std::min<int64_t>(kChunk, count - i);
+        const bool run = some == kChunk && is_run(map, offsets + i);
+        prefetch_plane(map, c + kPlanesAhead, offsets + i, some, run);
         if (run) {
           const Chunk<T> chunk = load_chunk<T>(from + offsets[i]);
           for (int lane = 0; lane < kChunk; ++lane) to[lane * stride] = chunk[lane];
@@ -104,14 +117,12 @@ INPAINT_INLINE void scatter_rows_body(const T* rows, int64_t stride, const int64
     for (int64_t c = 0; c < whole; c += kChunk)
       store_chunk<T>(map.data + offsets[i] + c, load<Chunk<T>>(rows + i * stride + c));
   for (int64_t first = whole; first < channels; first += kLanes<T>) {
-    const int64_t last = std::min<int64_t>(channels, first + kLanes<T>);
-    for (int64_t i = 0; i < count; i += kChunk) {
-      const int64_t some = std::min<int64_t>(kChunk, count - i);
-      const bool run = some == kChunk && is_run(map, offsets + i);
-      for (int64_t c = first; c < last; ++c) {
-        Element* to = map.data + c * map.channel_stride;
+    for (int64_t c = first; c < std::min<int64_t>(channels, first + kLanes<T>); ++c) {
+      Element* to = map.data + c * map.channel_stride;
+      for (int64_t i = 0; i < count; i += kChunk) {
         const T* from = rows + i * stride + c;
-        if (run) {
+        const int64_t some = std::min<int64_t>(kChunk, count - i);
+        if (some == kChunk && is_run(map, offsets + i)) {
           T lanes[kChunk];
           for (int lane = 0; lane < kChunk; ++lane) lanes[lane] = from[lane * stride];
           store_chunk<T>(to + offsets[i], load<Chunk<T>>(lanes));

@@ -19,43 +19,42 @@ constexpr double kEps = 1e-8;
 
 // ---- Packing keys ------------------------------------------------------------------------------------------------
 
-// A panel [channels][columns] of `count` vectors, zeros in the rest, and 1 / (|x| + eps) of each. The square of a norm
-// is one chain over the channels, like a score.
+// `count` vectors as panels [channels][columns], zeros up to a whole panel, and 1 / (|x| + eps) of each. The square of
+// a norm is one chain over the channels, like a score.
 template <class T, class Element>
-INPAINT_INLINE void pack_panel_body(const VectorMap<const Element>& map, const int64_t* offsets, int64_t count,
-                                    int64_t columns, T* panel, T* inverse_norm) {
-  const bool planes = map.column_stride == 1;
-  for (int64_t k = 0; k < columns; k += kChunk) {
-    const int64_t some = std::clamp<int64_t>(count - k, 0, kChunk);
-    const bool run = planes && some == kChunk && is_run(map, offsets + k);
-    for (int64_t c = 0; c < map.channels; ++c) {
-      const Element* from = map.data + c * map.channel_stride;
-      T* to = panel + c * columns + k;
+INPAINT_INLINE void pack_panels_body(const VectorMap<const Element>& map, const int64_t* offsets, int64_t count,
+                                     int64_t columns, T* panels, T* inverse_norm) {
+  const int64_t padded = round_up(count, columns), channels = map.channels;
+  std::fill_n(inverse_norm, padded, T(0));  // the squares, for now
+  for (int64_t c = 0; c < channels; ++c) {  // along the positions of a plane, as in gather_rows()
+    const Element* from = map.data + c * map.channel_stride;
+    for (int64_t k = 0; k < padded; k += kChunk) {
+      T* to = panels + k / columns * columns * channels + c * columns + k % columns;
+      const int64_t some = std::clamp<int64_t>(count - k, 0, kChunk);
+      const bool run = some == kChunk && is_run(map, offsets + k);
+      prefetch_plane(map, c + kPlanesAhead, offsets + k, some, run);
       if (run) {
         store(to, load_chunk<T>(from + offsets[k]));
       } else {
-        for (int64_t lane = 0; lane < some; ++lane) to[lane] = load_one<T>(from + offsets[k + lane]);
-        for (int64_t lane = some; lane < kChunk; ++lane) to[lane] = 0;
+        for (int64_t lane = 0; lane < kChunk; ++lane)
+          to[lane] = lane < some ? load_one<T>(from + offsets[k + lane]) : T(0);
       }
+      const Chunk<T> x = load<Chunk<T>>(to);
+      store(inverse_norm + k, load<Chunk<T>>(inverse_norm + k) + x * x);
     }
-    Chunk<T> squares = {};
-    for (int64_t c = 0; c < map.channels; ++c) {
-      const Chunk<T> x = load<Chunk<T>>(panel + c * columns + k);
-      squares += x * x;
-    }
-    for (int lane = 0; lane < kChunk; ++lane) inverse_norm[k + lane] = T(1) / (std::sqrt(squares[lane]) + T(kEps));
   }
+  for (int64_t k = 0; k < padded; ++k) inverse_norm[k] = T(1) / (std::sqrt(inverse_norm[k]) + T(kEps));
 }
 
-#define INPAINT_PACK_PANEL(T, Element)                                                                       \
-  INPAINT_CLONES void pack_panel(const VectorMap<const Element>& map, const int64_t* offsets, int64_t count, \
-                                 int64_t columns, T* panel, T* inverse_norm) {                               \
-    pack_panel_body(map, offsets, count, columns, panel, inverse_norm);                                      \
+#define INPAINT_PACK_PANELS(T, Element)                                                                       \
+  INPAINT_CLONES void pack_panels(const VectorMap<const Element>& map, const int64_t* offsets, int64_t count, \
+                                  int64_t columns, T* panels, T* inverse_norm) {                              \
+    pack_panels_body(map, offsets, count, columns, panels, inverse_norm);                                     \
   }
-INPAINT_PACK_PANEL(float, float)
-INPAINT_PACK_PANEL(double, double)
-INPAINT_PACK_PANEL(float, HalfBits)
-INPAINT_PACK_PANEL(float, BFloatBits)
+INPAINT_PACK_PANELS(float, float)
+INPAINT_PACK_PANELS(double, double)
+INPAINT_PACK_PANELS(float, HalfBits)
+INPAINT_PACK_PANELS(float, BFloatBits)
 
 // ---- Generating --------------------------------------------------------------------------------------------------
 
@@ -227,9 +226,7 @@ class Group {
       T* packed = panels.get() + worker * own;
       T* inverse_norm = packed + (channels_ + kChannelsAhead) * block;
       const int64_t first = piece * block, valid = std::min(block, sample.positions.known_count() - first);
-      for (int64_t k = 0; k < valid; k += columns)
-        pack_panel(sample.x, sample.known_offsets.data() + first + k, valid - k, columns, packed + k * channels_,
-                   inverse_norm + k);
+      pack_panels(sample.x, sample.known_offsets.data() + first, valid, columns, packed, inverse_norm);
       const int64_t at = worker * rows_ + sample.first_row;
       search_block(queries_.get() + sample.first_row * stride_, stride_, sample.padded, channels_,
                    KeyBlock<T>{packed, inverse_norm, valid, first}, Best<T>{scores_.get() + at, indices_.get() + at});
