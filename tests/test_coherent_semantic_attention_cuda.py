@@ -343,7 +343,7 @@ def test_a_smaller_error_would_lose_candidates(monkeypatch):
 
 @needs_emulation
 @pytest.mark.usefixtures("filtered")
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-10, 1e10, 1e18, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e18, 1e25])
 def test_the_filter_at_extreme_lengths(scale, monkeypatch):
     """Squares that are 0 or infinite, of queries, keys or both."""
     flags = make_flags((12, 12), "box")
@@ -416,7 +416,7 @@ def test_products_stay_within_their_memory(samples, queries, keys):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["relu", "gaussian"])
-@pytest.mark.parametrize("passes", [1, 2, 5])
+@pytest.mark.parametrize("passes", [1, 5])
 def test_chunks_at_once_give_the_bits_of_chunks_in_turn(passes, kind, variant, chunks_at_once):
     """Gaussian features carry every vector to the end: what passes leave, the last launch settles."""
     x, flags = make_features(2, 12, 21, 20, dtype=torch.float32, kind=kind), make_flags((21, 20), "nearly full", "box")
@@ -732,8 +732,7 @@ def passes_gate(case: GpuCoherentCase, monkeypatch: Any, small: bool = True) -> 
         assert measurements[name].failure is None, (name, measurements[name].failure)
 
 
-@pytest.mark.parametrize("gradient", [None, "official", "exact"])
-@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(("precision", "gradient"), [(FLOAT32, None), (FLOAT32, "exact"), (BFLOAT16, "official")])
 def test_providers_pass_the_gate(precision, gradient, monkeypatch):
     passes_gate(GpuCoherentCase(16, 2, precision, gradient, device="cpu"), monkeypatch)
 

@@ -326,6 +326,7 @@ __global__ void coherent_semantic_attention_matches_kernel(CoherentLayout layout
 constexpr int kOperandThreads = 256;
 constexpr int kFilterThreads = 256;
 constexpr int kFilterQueue = 2 * kWarp;
+constexpr int kFilterQuads = 4;  // that a lane has on their way at once
 // From so many candidates on, the search in tiles is as fast. Flat regions have thousands of equal keys.
 constexpr int kMostCandidates = 1024;
 // Lengths for which the bound holds: no square overflows, no product becomes 0.
@@ -401,7 +402,8 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
     if (exists && !tile.is_first) most = state.maximum[at], candidates = state.candidates[at];
     if (exists && tile.is_first && !is_bounded(norm[of.known + query])) candidates = kMostCandidates + 1;
     if (lane == 0 && exists && !tile.is_first) best = {state.score[at], state.key[at]};
-    for (int64_t k = kQuad * lane; exists && k < keys; k += kQuad * kWarp) {
+#pragma unroll 8
+    for (int64_t k = kQuad * lane; k < (exists ? keys : 0); k += kQuad * kWarp) {
       const Quad<float> four = load_quad(line + k);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j)
@@ -421,7 +423,7 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
         const int32_t key = queue[lane];
         const V* key_row = rows + key * of.channels;
         float sum = 0;
-#pragma unroll 8
+#pragma unroll 32
         for (int64_t c = 0; c < of.channels; ++c)
           sum = fma(static_cast<float>(query_row[c]), static_cast<float>(key_row[c]), sum);
         best.update(sum * inverse_length(norm[key]), key);
@@ -432,21 +434,23 @@ __global__ void __launch_bounds__(kFilterThreads, 1)
       __syncwarp();
       queued -= number;
     };
-    for (int64_t first = 0; exists && first < keys && candidates <= kMostCandidates; first += kQuad * kWarp) {
-      const int64_t k = first + kQuad * lane;
-      Quad<float> four{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-      if (k < keys) four = load_quad(line + k);
+    constexpr int kKeysOfLane = kFilterQuads * kQuad;
+    for (int64_t first = 0; exists && first < keys && candidates <= kMostCandidates; first += kKeysOfLane * kWarp) {
+      const auto key_of = [&](int j) { return first + (j / kQuad * kWarp + lane) * kQuad + j % kQuad; };
+      Quad<float> products_of_lane[kFilterQuads];
+#pragma unroll
+      for (int part = 0; part < kFilterQuads; ++part)
+        if (key_of(part * kQuad) < keys) products_of_lane[part] = load_quad(line + key_of(part * kQuad));
       unsigned mine = 0;
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (k + j < keys && !(four.at[j] < least)) mine |= 1u << j;  // a NaN too
+      for (int j = 0; j < kKeysOfLane; ++j)
+        if (key_of(j) < keys && !(products_of_lane[j / kQuad].at[j % kQuad] < least)) mine |= 1u << j;  // a NaN too
       if (!__any_sync(0xffffffffu, mine != 0)) continue;
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
+      for (int j = 0; j < kKeysOfLane; ++j) {
         const bool is_candidate = (mine >> j & 1) != 0;
         const unsigned all = __ballot_sync(0xffffffffu, is_candidate);
         if (is_candidate)
-          queue[queued + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(tile.first_key + k + j);
+          queue[queued + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(tile.first_key + key_of(j));
         queued += __popc(all);
         candidates += __popc(all);
         if (queued >= kWarp) score_queued(kWarp);

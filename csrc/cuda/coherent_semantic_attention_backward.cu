@@ -283,8 +283,8 @@ __device__ void add_official_column(const SortedQueries& queries, int64_t begin,
 }
 
 // Into the map: for known positions their part of the gradient of the output and the sum of what queries add; for
-// masked ones the gradient of the output itself or, if exact, what the query adds to itself. A block takes
-// kGradientPositions positions and kGradientChannels channels.
+// masked ones the gradient of the output itself or, if exact, what the query adds to itself. A sample without a hole is
+// the identity. A block takes kGradientPositions positions and kGradientChannels channels.
 template <class V, CoherentGradient kGradient>
 __global__ void __launch_bounds__(kGradientThreads, 1)
     coherent_semantic_attention_gradient_kernel(CoherentLayout layout, CoherentPlan plan,

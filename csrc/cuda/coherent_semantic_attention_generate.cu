@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     if (kPaper) squares = warp_sum(squares);
     if (threadIdx.x == 0) squared_length = squares;
     __syncthreads();
-    // What the end of the chunk needs of the matched vectors: on its way while warp 0 computes, where there are registers
-    // for it.
+    // What the end of the chunk needs of the matched vectors: on its way while warp 0 computes, where there are
+    // registers for it.
     constexpr bool kAhead = sizeof(T) == 4 && !kPaper;
     V ahead[kAhead ? kChunk : 1];
     if (kAhead) {
