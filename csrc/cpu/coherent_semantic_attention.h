@@ -62,10 +62,12 @@ constexpr int64_t kRowsPerTask = 64;
 
 // ---- Rows and maps -----------------------------------------------------------------------------------------------
 
-// Whether kChunk positions are neighbours in memory.
+// Whether kChunk positions are neighbours in memory, in their order.
 template <class Element>
 INPAINT_INLINE bool is_run(const VectorMap<Element>& map, const int64_t* offsets) {
-  return map.column_stride == 1 && offsets[kChunk - 1] - offsets[0] == kChunk - 1;
+  int64_t gaps = map.column_stride - 1;
+  for (int lane = 1; lane < kChunk; ++lane) gaps |= offsets[lane] - offsets[lane - 1] - 1;
+  return gaps == 0;
 }
 
 // Planes are too far apart for the processor to foresee the next one: so many channels ahead its lines are asked for

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_choice, check_floating, check_range, check_shape, check_tensor
+from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
 from inpaint_kernels.portable import coherent_semantic_attention as portable
 from inpaint_kernels.reference import coherent_semantic_attention as reference
 
@@ -43,8 +47,8 @@ class CoherentSemanticAttentionResult(NamedTuple):
             positions: [n] int64, raster indices of output positions, known or masked.
 
         Returns:
-            [n, H * W] in the dtype of ``alpha``: output[sample, :, p] is the sum over q of rows[p, q] * x[sample, :, q].
-            A known position's row is 1 on itself. No gradient; a row's cost is the number of masked positions before it.
+            [n, H * W] in the dtype of ``alpha``: output[sample, :, p] is the sum over q of rows[p, q] * x[sample, :,
+            q]. A known position's row is 1 on itself. No gradient. A row costs as much as masked positions precede it.
         """
         check_shape("positions", positions, "n")
         check_range("sample", sample, 0, self.index.shape[0] - 1, integer=True)
@@ -213,10 +217,15 @@ def _prepare(
     check_floating("x", x)
     if x.dim() != 4:  # what check_shape looks for, and 2 us of every call
         check_shape("x", x, "B C H W")
+    check_options(variant, gradient, triple_weight)
+    return _Problem(x, _flags_on_cpu(mask_flags, x), variant, gradient, float(triple_weight))
+
+
+def check_options(variant: str, gradient: str, triple_weight: float) -> None:
+    """Raises ValueError or TypeError unless they are what the op takes."""
     check_choice("variant", variant, VARIANTS)
     check_choice("gradient", gradient, GRADIENTS)
     check_range("triple_weight", triple_weight)
-    return _Problem(x, _flags_on_cpu(mask_flags, x), variant, gradient, float(triple_weight))
 
 
 def _flags_on_cpu(mask_flags: Tensor, x: Tensor) -> Tensor:
@@ -244,6 +253,22 @@ def _check_known(flags: Tensor) -> None:
     if flags[0].numel() > 0 and everywhere.any():
         sample = int(everywhere.nonzero()[0, 0])
         raise ValueError(f"mask_flags: expected a known position in every sample, got none in sample {sample}")
+
+
+def flags_of_mask(mask: Tensor, layers: int, threshold: float | Fraction) -> Tensor:
+    """See :meth:`inpaint_kernels.nn.CSA.set_mask`."""
+    check_tensor("mask", mask)
+    check_range("layers", layers, 1, 6, integer=True)
+    if mask.dim() not in (2, 4) or (mask.dim() == 4 and mask.shape[1] != 1):
+        raise ValueError(f"mask: expected shape [H, W] or [B|1, 1, H, W], got {list(mask.shape)}")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold: expected a number >= 0 and < 1, got {threshold}")
+    if min(mask.shape[-2:]) < 2**layers:
+        raise ValueError(f"mask: expected H and W of at least 2^layers = {2**layers}, got {list(mask.shape)}")
+    sums = (mask != 0).float().view(-1, 1, *mask.shape[-2:])
+    for _ in range(layers):  # of 4 x 4, up to 16^6 = 2^24: exact in float32
+        sums = F.avg_pool2d(sums, 4, stride=2, padding=1, divisor_override=1)
+    return (sums > math.floor(Fraction(threshold) * 16**layers))[:, 0].cpu()
 
 
 # 3. Schema ------------------------------------------------------------------------------------------------------------
@@ -358,27 +383,15 @@ def _dense_backward(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return backward
 
 
-def _cuda_forward(*args: Any) -> tuple[Tensor, ...]:
-    from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
-
-    return cuda_kernels.forward(*args)
-
-
-def _cuda_backward(*args: Any) -> Tensor:
-    from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
-
-    return cuda_kernels.backward(*args)
-
-
 _FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "cpu": _cpu_forward,
-    "cuda": _cuda_forward,
+    "cuda": cuda_kernels.forward,
     "portable": _dense_forward(portable.forward),
     "reference": _dense_forward(reference.forward),
 }
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "cpu": _cpu_backward,
-    "cuda": _cuda_backward,
+    "cuda": cuda_kernels.backward,
     "portable": _dense_backward(portable.backward),
     "reference": _dense_backward(reference.backward),
 }
