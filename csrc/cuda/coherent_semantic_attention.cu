@@ -376,7 +376,7 @@ struct ProductTile {
 };
 
 template <class V>
-__global__ void __launch_bounds__(kFilterThreads, 1)
+__global__ void __launch_bounds__(kFilterThreads, 2)
     coherent_semantic_attention_filter_kernel(CoherentLayout layout, CoherentPlan plan, const V* __restrict__ rows,
                                               const float* __restrict__ norm, ProductTile tile,
                                               const float* __restrict__ products, float error, FilterState<float> state,
