@@ -1,4 +1,4 @@
-"""Contextual attention of public repositories, run beside ours from checkouts that the user made.
+"""Attention layers of public repositories, run beside ours from checkouts that the user made.
 
 None of their code is part of this project. ``git clone`` what you want to compare with into one folder, each checkout
 named ``owner+name`` or ``name``, and pass the folder as ``--peers DIR`` or ``INPAINT_PEERS``; ports that are not there
@@ -12,6 +12,7 @@ such as ``torch.eye`` follow the inputs' dtype.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import types
@@ -306,3 +307,76 @@ def load_port(port: Port, folder: Path, *, fuse: bool = True) -> Attention:
     if checkout is None:
         raise FileNotFoundError(f"{port.repository}: no checkout in {folder}")
     return port.build(checkout, fuse)
+
+
+# The published layer of coherent semantic attention ------------------------------------------------------------------
+
+CSA_REPOSITORY = "KumapowerLIU/CSA-inpainting"
+
+
+class _NoCuda:
+    """In place of ``torch.cuda.is_available``, which the layer tests without calling it."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self) -> bool:
+        return False
+
+
+class PublishedCSA:
+    """The layer ``CSA_model`` on the CPU, for one mask; its flags are given, or made by its own ``set_mask``.
+
+    Its gradient reads the attention rows of maps that are not square in the wrong order; it is right on square ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        checkout = csa_checkout(folder)
+        if checkout is None:
+            raise FileNotFoundError(f"{CSA_REPOSITORY}: no checkout in {folder}")
+        with _foreign_imports([checkout], ()):
+            module = importlib.import_module("models.CSA_model")
+        self._layer = module.CSA_model(threshold=5 / 16, fixed_mask=1)
+
+    def set_mask(self, mask: Tensor, layers: int, threshold: float) -> Tensor:
+        """Flags [h, w] of an image's mask [1, 1, H, W]."""
+        flags: Tensor = self._layer.set_mask(mask, layers, threshold)
+        return flags
+
+    def set_flags(self, flags: Tensor) -> None:
+        """What the next calls take for masked, bool [h, w]."""
+        self._layer.mask, self._layer.cal_fixed_flag = flags.byte(), True
+        self._layer.sp_x = self._layer.sp_y = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        with torch.no_grad(), self._as_written_for(x):
+            output: Tensor = self._layer(x)
+        return output
+
+    def forward_backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Its output, and its gradient of x where ``grad`` is that of the output."""
+        leaf = x.detach().requires_grad_()
+        with self._as_written_for(x):
+            output = self._layer(leaf)
+            (gradient,) = torch.autograd.grad(output, leaf, grad)
+        return output.detach(), gradient
+
+    @contextmanager
+    def _as_written_for(self, x: Tensor) -> Iterator[None]:
+        kind = torch.DoubleTensor if x.dtype == torch.float64 else torch.FloatTensor
+        with (
+            _as_written_for(x),
+            mock.patch.object(torch, "FloatTensor", kind),
+            mock.patch.object(torch.cuda, "is_available", _NoCuda()),
+            torch.random.fork_rng(devices=()),  # the layer initialises a convolution per position
+        ):
+            yield
+
+
+def csa_checkout(folder: Path | None) -> Path | None:
+    """Where the checkout of :data:`CSA_REPOSITORY` lies in ``folder``, or None."""
+    if folder is None:
+        return None
+    owner, name = CSA_REPOSITORY.split("/")
+    return next((path for path in (folder / f"{owner}+{name}", folder / name) if path.is_dir()), None)

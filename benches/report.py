@@ -217,7 +217,7 @@ def _best_port(contenders: dict[str, Contender]) -> Contender | None:
 
 
 def _title(facts: dict[str, Any]) -> str:
-    side = 4 * facts["size"]
+    side = facts.get("pixels_per_position", 4) * facts["size"]
     restricted = "" if facts["queries"] == facts["keys"] else f", {facts['queries']:,} queries"
     return f"{side}x{side} image, {facts['keys']:,} keys{restricted}, {facts['direction']}"
 
@@ -464,16 +464,21 @@ def _gpu_group(facts: dict[str, Any]) -> str:
 
 def floor(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
     """Seconds that the hardware needs at least for a case."""
-    arithmetic = facts["flops"] / ceilings["flops_per_second"][facts["precision"]]
+    arithmetic = facts["flops"] / _flops_per_second(facts, ceilings)
     return max(arithmetic, facts["bytes"] / ceilings["copy_bytes_per_second"])
 
 
 def prediction(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
     """Seconds that our products and passes take one after the other if each runs at its ceiling."""
     return (
-        facts["our_flops"] / ceilings["flops_per_second"][facts["precision"]]
-        + facts["our_bytes"] / ceilings["copy_bytes_per_second"]
+        facts["our_flops"] / _flops_per_second(facts, ceilings) + facts["our_bytes"] / ceilings["copy_bytes_per_second"]
     )
+
+
+def _flops_per_second(facts: dict[str, Any], ceilings: dict[str, Any]) -> float:
+    """In the precision of the maps or, where they differ, of their products."""
+    rate: float = ceilings["flops_per_second"][facts.get("products", facts["precision"])]
+    return rate
 
 
 def _ceilings(run: Path | None) -> dict[str, Any] | None:

@@ -47,6 +47,51 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "contextual_attention_patch_backward(Tensor tile, Tensor score_gradients, Tensor row_of, Tensor pixels, "
       "Tensor(a!) gradients) -> ()");
 
+  // csrc/cpu/coherent_semantic_attention_{forward,backward}: inpaint_kernels/ops/coherent_semantic_attention.py
+  // documents the arguments and allocates the results.
+  m.def(
+      "coherent_semantic_attention_forward(Tensor x, Tensor flags, str variant, Tensor(a!) output, Tensor(b!) index, "
+      "Tensor(c!) alpha, Tensor(d!) beta, Tensor(e!) total) -> ()");
+  m.def(
+      "coherent_semantic_attention_backward(Tensor grad, Tensor x, Tensor flags, Tensor index, Tensor alpha, Tensor "
+      "beta, Tensor total, str variant, str gradient, float triple_weight, Tensor(a!) grad_x) -> ()");
+
+  // csrc/cuda/coherent_semantic_attention{,_generate,_backward}: `layout` is a struct of int64 on the CPU, plans and
+  // scratch are tensors; inpaint_kernels/cuda_kernels/coherent_semantic_attention.py makes them.
+  m.def(
+      "coherent_semantic_attention_pack(Tensor layout, Tensor row_of, Tensor known, Tensor map, bool masked_only, "
+      "Tensor(a!) rows, Tensor(b!)? norm, Tensor(c!)? output, Tensor(d!)? index, Tensor(e!)? alpha, Tensor(f!)? beta, "
+      "Tensor(g!)? total) -> ()");
+  m.def(
+      "coherent_semantic_attention_search(Tensor layout, Tensor positions, Tensor known, Tensor rows, Tensor norm, "
+      "Tensor? listed, Tensor? count, int blocks, bool large_tiles, Tensor(a!) partial_score, Tensor(b!) partial_key, "
+      "Tensor? found_score, Tensor? found_key, Tensor? candidates, bool is_paper, Tensor(c!) value, Tensor(d!) match, "
+      "Tensor(e!) index) -> ()");
+  m.def(
+      "coherent_semantic_attention_operands(Tensor layout, Tensor positions, Tensor known, Tensor rows, Tensor norm, "
+      "Tensor(a!) query_operands, Tensor(b!) key_operands, Tensor(c!) count) -> ()");
+  m.def(
+      "coherent_semantic_attention_filter(Tensor layout, Tensor positions, Tensor known, Tensor rows, Tensor norm, "
+      "Tensor products, int first_sample, int first_query, int first_key, bool is_last, float error, Tensor(a!) "
+      "maximum, Tensor(b!) found_score, Tensor(c!) found_key, Tensor(d!) candidates, Tensor(e!) listed, Tensor(f!) "
+      "count) -> ()");
+  m.def(
+      "coherent_semantic_attention_generate(Tensor layout, Tensor positions, Tensor known, Tensor rows, Tensor norm, "
+      "Tensor value, Tensor match, bool is_paper, int passes, Tensor(a!) products, Tensor(b!) vectors, Tensor(c!) "
+      "changed, Tensor(d!) alpha, Tensor(e!) beta, Tensor(f!) total, Tensor(g!) output) -> ()");
+  m.def(
+      "coherent_semantic_attention_coefficients(Tensor layout, Tensor positions, Tensor known, Tensor row_of, Tensor "
+      "index, Tensor alpha, Tensor beta, Tensor(a!) match, Tensor(b!) alphas, Tensor(c!) betas) -> ()");
+  m.def(
+      "coherent_semantic_attention_backward_scan(Tensor layout, Tensor positions, Tensor known, Tensor? rows, Tensor? "
+      "norm, Tensor? generated, Tensor? generated_norm, Tensor gradient, Tensor match, Tensor alpha, Tensor beta, "
+      "Tensor total, bool is_paper, int passes, Tensor(a!)? products, Tensor(b!) vectors, Tensor(c!) changed, "
+      "Tensor(d!)? lambda_, Tensor(e!) key_terms, Tensor(f!)? query_terms) -> ()");
+  m.def(
+      "coherent_semantic_attention_gradient(Tensor layout, Tensor positions, Tensor known, Tensor row_of, Tensor "
+      "sorted_keys, Tensor order, Tensor alphas, Tensor betas, Tensor gradient, Tensor? key_terms, Tensor? "
+      "query_terms, str mode, float weight, Tensor output_gradient, Tensor(a!) map_gradient) -> ()");
+
   // csrc/cpu/match_patches: the best key of every query -> index [B, hq, wq] (-1: none) and score [B, hq, wq].
   m.def(
       "match_patches(Tensor query, Tensor key, Tensor? valid, Tensor? key_scale, Tensor? key_bias, Tensor? queries, "

@@ -7,6 +7,10 @@ _native.load()
 from inpaint_kernels._backends import explain, use_backend  # noqa: E402
 from inpaint_kernels.flow_color import flow_to_color  # noqa: E402
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
+from inpaint_kernels.ops.coherent_semantic_attention import (  # noqa: E402
+    CoherentSemanticAttentionResult,
+    coherent_semantic_attention,
+)
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
 from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d  # noqa: E402
 from inpaint_kernels.ops.gated_conv2d import gated_conv2d  # noqa: E402
@@ -17,10 +21,12 @@ from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 __all__ = [
     "PRESETS",
+    "CoherentSemanticAttentionResult",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
     "PartialConv2dResult",
     "PatchMatches",
+    "coherent_semantic_attention",
     "contextual_attention",
     "dilated_conv2d",
     "explain",

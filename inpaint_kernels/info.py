@@ -27,6 +27,10 @@ def _matched_map(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torc
     return key, torch.zeros(1, 16, 16, dtype=torch.int64, device=device), torch.zeros(1, 16, 16, device=device)
 
 
+def _map_with_flags(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(1, 8, 16, 16, device=device), torch.zeros(16, 16, dtype=torch.bool)
+
+
 def _layer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, 8, 16, 16, device=device), torch.zeros(8, 8, 3, 3, device=device)
 
@@ -38,6 +42,7 @@ def _layer_with_mask(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, 
 
 # The smallest sensible call of each op, to ask its backends about; nothing is run.
 _EXAMPLES: Mapping[str, Callable[[torch.device], tuple[Any, ...]]] = {
+    "coherent_semantic_attention": _map_with_flags,
     "contextual_attention": _two_maps,
     "dilated_conv2d": _layer,
     "gated_conv2d": _layer,

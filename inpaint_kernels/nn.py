@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inpaint_kernels.ops._convolution import Pair, check_activation, check_padding_mode
+from inpaint_kernels.ops.coherent_semantic_attention import (
+    CoherentSemanticAttentionResult,
+    check_options,
+    coherent_semantic_attention,
+    flags_of_mask,
+)
 from inpaint_kernels.ops.contextual_attention import (
     Box,
     ContextualAttentionResult,
@@ -72,6 +79,92 @@ class ContextualAttention(torch.nn.Module):
         """The preset and what was changed in it, for ``repr``."""
         options = "".join(f", {name}={value!r}" for name, value in self.overrides.items())
         return f"{self.preset!r}{options}"
+
+
+class CSA(torch.nn.Module):
+    """:func:`inpaint_kernels.coherent_semantic_attention` with its options and its mask; it has no parameters.
+
+    Args:
+        mask: the image's mask, for :meth:`set_mask`; it may be set later instead, or flags given to :meth:`forward`.
+        variant: as in the function, as the next two.
+        gradient: the same.
+        triple_weight: the same.
+        return_attention: whether :meth:`forward` also returns what the attention rows are made of.
+        backend: as in the function.
+
+    Attributes:
+        mask_flags: what :meth:`set_mask` made, bool [B or 1, h, w] on the CPU; None before.
+
+    Example:
+        >>> csa = CSA()
+        >>> mask = torch.zeros(1, 1, 256, 256)  # of the image, 8 x the features
+        >>> mask[..., 64:128, 96:160] = 1
+        >>> int(csa.set_mask(mask).sum())
+        64
+        >>> csa(torch.rand(1, 16, 32, 32)).shape
+        torch.Size([1, 16, 32, 32])
+    """
+
+    mask_flags: Tensor | None
+
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        *,
+        variant: str = "official",
+        gradient: str = "official",
+        triple_weight: float = 1.0,
+        return_attention: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(variant, gradient, triple_weight)
+        self.variant, self.gradient, self.triple_weight = variant, gradient, triple_weight
+        self.return_attention, self.backend = return_attention, backend
+        self.mask_flags = None
+        if mask is not None:
+            self.set_mask(mask)
+
+    def set_mask(self, mask: Tensor, layers: int = 3, threshold: float | Fraction = Fraction(5, 16)) -> Tensor:
+        """Make the flags of all following calls from an image's mask, as the published layer does in its first call.
+
+        There, ``layers`` convolutions of 4 x 4 ones / 16 with stride 2 and a zero border follow each other, and a
+        position is masked where the result is larger than ``threshold``. Sums of ones are integers, so they are
+        compared as such: 16^layers * threshold is never rounded, and every device decides alike. With the published
+        values lines of up to 5 pixels are never masked, and squares from 12 pixels on always are.
+
+        Args:
+            mask: [H, W] or [B or 1, 1, H, W], any dtype, non-zero = hole.
+            layers: how many times the mask is halved (rounded down), 1 to 6.
+            threshold: a position is masked where the weighted share of the hole exceeds it; [0, 1).
+
+        Returns:
+            The flags, bool [B or 1, H // 2^layers, W // 2^layers] on the CPU. A mask on a GPU is read back here, once.
+
+        Deviation from the published code: the flags follow every mask that is set (there: the first one only, in the
+        published setting).
+        """
+        self.mask_flags = flags_of_mask(mask, layers, threshold)
+        return self.mask_flags
+
+    def forward(self, x: Tensor, mask_flags: Tensor | None = None) -> Tensor | CoherentSemanticAttentionResult:
+        """Shapes and result as in the function; without ``mask_flags`` those of :meth:`set_mask`."""
+        flags = self.mask_flags if mask_flags is None else mask_flags
+        if flags is None:
+            raise ValueError("mask_flags: expected flags, or set_mask() before the first call, got neither")
+        return coherent_semantic_attention(
+            x,
+            flags,
+            variant=self.variant,
+            gradient=self.gradient,
+            triple_weight=self.triple_weight,
+            return_attention=self.return_attention,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """What differs from the defaults, for ``repr``."""
+        return _options(self, {"variant": "official", "gradient": "official", "triple_weight": 1.0}).removeprefix(", ")
 
 
 class GatedConv2d(torch.nn.Conv2d):

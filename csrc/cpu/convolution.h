@@ -5,15 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace inpaint {
+#include "elements.h"
 
-// Memory types of 16 bits; sums are in float.
-struct HalfBits {
-  uint16_t bits;
-};
-struct BFloatBits {
-  uint16_t bits;
-};
+namespace inpaint {
 
 // One axis of the geometry.
 struct Axis {

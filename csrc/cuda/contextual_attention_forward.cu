@@ -150,14 +150,6 @@ class DiagonalWindow {
   T norm_[2 * kHalf + 1][2 * kHalf + 1] = {};
 };
 
-// The sum of a value over a warp, in every lane.
-template <class T>
-__device__ T warp_sum(T value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 // Maximum and sum of exponentials of a warp's logits of one query, in every lane; a lane without one passes -inf.
 template <class T>
 __device__ void warp_statistics(T logit, T* maximum, T* sum) {

@@ -15,12 +15,11 @@
 
 #include "../common.h"
 #include "../math/contextual_attention.h"
+#include "device.cuh"
 
 namespace inpaint {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kQuad = 4;
 // Queries that one thread walks along a row, its key one further with each: all but one column of the terms of a
 // diagonal sum are those of the step before, and stay in registers.
 constexpr int kWalk = 16;
@@ -52,11 +51,6 @@ struct AttentionTile {
   }
 };
 
-// Blocks in y or z, for loops that stride by them.
-inline unsigned grid_y(int64_t count) {
-  constexpr int64_t kMostBlocks = 65535;
-  return static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks);
-}
 // Blocks of a tile's samples: the host never asks for more of them than a grid holds.
 inline unsigned grid_z(const AttentionTile& tile) {
   STD_TORCH_CHECK(tile.samples <= 65535, "a tile has at most 65535 samples, got ", tile.samples);
@@ -64,21 +58,6 @@ inline unsigned grid_z(const AttentionTile& tile) {
 }
 
 // ---- Four keys ---------------------------------------------------------------------------------------------------
-
-template <class T>
-struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
-  T at[kQuad];
-};
-
-template <class T>
-__device__ __forceinline__ Quad<T> load_quad(const T* address) {
-  return *reinterpret_cast<const Quad<T>*>(address);
-}
-
-template <class T>
-__device__ __forceinline__ void store_quad(T* address, const Quad<T>& values) {
-  *reinterpret_cast<Quad<T>*>(address) = values;
-}
 
 // Elements [start, start + 4) of an aligned line of `width` elements, a multiple of 4; what lies outside is 0. `start`
 // is as far from a multiple of 4 in every thread of a grid, so the switch does not diverge.

@@ -1,5 +1,8 @@
 // Every CUDA source of the library, compiled for the emulation, and the launchers and index maps that tests call.
 // Built by tests/emulation_build.py, never shipped. launchers.h says what a parameter is in Python.
+#include "../../csrc/cuda/coherent_semantic_attention.cu"
+#include "../../csrc/cuda/coherent_semantic_attention_backward.cu"
+#include "../../csrc/cuda/coherent_semantic_attention_generate.cu"
 #include "../../csrc/cuda/contextual_attention.cu"
 #include "../../csrc/cuda/contextual_attention_backward.cu"
 #include "../../csrc/cuda/contextual_attention_forward.cu"
@@ -60,6 +63,38 @@ void expose_contextual_attention(Exposed& exposed) {
   exposed.add_elementwise<&patch_norm<double>>("patch_norm_float64");
 }
 
+void expose_coherent_semantic_attention(Exposed& exposed) {
+  using namespace inpaint;
+  exposed.add<&launch_coherent_pack<float>>("coherent_semantic_attention_pack_float32");
+  exposed.add<&launch_coherent_search<float>>("coherent_semantic_attention_search_float32");
+  exposed.add<&launch_coherent_operands<float>>("coherent_semantic_attention_operands_float32");
+  exposed.add<&launch_coherent_filter<float>>("coherent_semantic_attention_filter_float32");
+  exposed.add<&launch_coherent_generate<float>>("coherent_semantic_attention_generate_float32");
+  exposed.add<&launch_coherent_backward_scan<float>>("coherent_semantic_attention_backward_scan_float32");
+  exposed.add<&launch_coherent_gradient<float>>("coherent_semantic_attention_gradient_float32");
+  exposed.add<&launch_coherent_pack<double>>("coherent_semantic_attention_pack_float64");
+  exposed.add<&launch_coherent_search<double>>("coherent_semantic_attention_search_float64");
+  exposed.add<&launch_coherent_generate<double>>("coherent_semantic_attention_generate_float64");
+  exposed.add<&launch_coherent_backward_scan<double>>("coherent_semantic_attention_backward_scan_float64");
+  exposed.add<&launch_coherent_gradient<double>>("coherent_semantic_attention_gradient_float64");
+  exposed.add<&launch_coherent_pack<__half>>("coherent_semantic_attention_pack_float16");
+  exposed.add<&launch_coherent_search<__half>>("coherent_semantic_attention_search_float16");
+  exposed.add<&launch_coherent_operands<__half>>("coherent_semantic_attention_operands_float16");
+  exposed.add<&launch_coherent_filter<__half>>("coherent_semantic_attention_filter_float16");
+  exposed.add<&launch_coherent_generate<__half>>("coherent_semantic_attention_generate_float16");
+  exposed.add<&launch_coherent_backward_scan<__half>>("coherent_semantic_attention_backward_scan_float16");
+  exposed.add<&launch_coherent_gradient<__half>>("coherent_semantic_attention_gradient_float16");
+  exposed.add<&launch_coherent_pack<__nv_bfloat16>>("coherent_semantic_attention_pack_bfloat16");
+  exposed.add<&launch_coherent_search<__nv_bfloat16>>("coherent_semantic_attention_search_bfloat16");
+  exposed.add<&launch_coherent_operands<__nv_bfloat16>>("coherent_semantic_attention_operands_bfloat16");
+  exposed.add<&launch_coherent_filter<__nv_bfloat16>>("coherent_semantic_attention_filter_bfloat16");
+  exposed.add<&launch_coherent_generate<__nv_bfloat16>>("coherent_semantic_attention_generate_bfloat16");
+  exposed.add<&launch_coherent_backward_scan<__nv_bfloat16>>("coherent_semantic_attention_backward_scan_bfloat16");
+  exposed.add<&launch_coherent_gradient<__nv_bfloat16>>("coherent_semantic_attention_gradient_bfloat16");
+  exposed.add<&launch_coherent_coefficients<float>>("coherent_semantic_attention_coefficients_float32");
+  exposed.add<&launch_coherent_coefficients<double>>("coherent_semantic_attention_coefficients_float64");
+}
+
 }  // namespace
 
 namespace emulation {
@@ -67,6 +102,7 @@ namespace emulation {
 std::vector<Function> functions() {
   Exposed exposed;
   expose_contextual_attention(exposed);
+  expose_coherent_semantic_attention(exposed);
   features::expose_features(exposed);
   planted::expose_planted(exposed);
   return exposed.functions();
