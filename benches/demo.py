@@ -1,8 +1,9 @@
 """What ``make demo`` runs: real photos with real holes, filled with no weights, and the op timed on this machine.
 
-Writes a row of panels and the filled photo per scene as PNG, says where, and prints two tables: contextual attention
-by naive PyTorch, the portable backend and the native kernel, and a layer of a network for every convolution op beside
-the code of published modules. The photos come with installed packages; nothing is downloaded.
+Writes a row of panels and the filled photo per scene as PNG, says where, and prints three tables: contextual attention
+by naive PyTorch, the portable backend and the native kernel, a layer of a network for every convolution op beside the
+code of published modules, and coherent semantic attention. The photos come with installed packages; nothing is
+downloaded.
 
 ``python benches/demo.py --readme-picture benches/results/demo.jpg`` writes the picture of the README and ends.
 """
@@ -28,6 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
+from benches import coherent_case as coherent
 from benches import convolution_case as convolutions
 from benches import harness
 from inpaint_kernels import comparison, masks, panels
@@ -193,8 +195,8 @@ def race_convolution(case: convolutions.ConvolutionCase, rounds: int) -> Measure
     return harness.run_race(providers, case.tolerances, seconds=0, rounds=rounds)[0]
 
 
-def has_wrong_result(race: ConvolutionRace) -> bool:
-    return any(isinstance(measurement.failure, harness.WrongResultError) for measurement in race[1].values())
+def has_wrong_result(race: Measurements) -> bool:
+    return any(isinstance(measurement.failure, harness.WrongResultError) for measurement in race.values())
 
 
 def convolution_table(races: Sequence[ConvolutionRace]) -> Table:
@@ -226,7 +228,7 @@ def convolution_table(races: Sequence[ConvolutionRace]) -> Table:
 
 def _seconds(race: Measurements, name: str) -> float:
     """Of the quicker layout; infinite for what could not run."""
-    measured = (race[name + layout].wall for layout in LAYOUTS)
+    measured = (race[name + layout].wall for layout in LAYOUTS if name + layout in race)
     return min(statistics.median(wall) if wall else math.inf for wall in measured)
 
 
@@ -236,6 +238,36 @@ def _milliseconds(seconds: float) -> str:
 
 def _smaller(published: int | None, ours: int | None) -> str:
     return f"{published / ours:.1f}x" if published and ours else "-"
+
+
+# --- coherent semantic attention -----------------------------------------------------------------------------------
+
+
+def race_coherent_attention(case: coherent.CoherentCase, rounds: int) -> Measurements:
+    """The naive loop, portable and native kernel, correct first, then in turns."""
+    providers = [case.provider(name) for name in (coherent.NAIVE, coherent.PORTABLE, coherent.OURS)]
+    return harness.run_race(providers, case.tolerances, seconds=0, rounds=rounds)[0]
+
+
+def coherent_table(case: coherent.CoherentCase, race: Measurements) -> Table:
+    """One row: the layer of the network for a 256 x 256 image."""
+    failures = [str(measurement.failure) for measurement in race.values() if measurement.failure is not None]
+    table = Table(
+        title=f"coherent_semantic_attention, {case.size} x {case.size} features of {coherent.CHANNELS} channels",
+        caption="\n".join(failures) or None,
+        caption_justify="left",
+    )
+    for heading in ("naive loop", "portable", "native kernel", "difference", "faster", "smaller"):
+        table.add_column(heading, justify="right")
+    naive, portable, ours = (_seconds(race, name) for name in (coherent.NAIVE, coherent.PORTABLE, coherent.OURS))
+    native = race[coherent.OURS]
+    table.add_row(
+        *map(_milliseconds, (naive, portable, ours)),
+        "-" if native.error is None else f"{native.error:.1e}",
+        f"{naive / ours:.1f}x" if max(naive, ours) < math.inf else "-",
+        _smaller(race[coherent.NAIVE].peak_extra_bytes, native.peak_extra_bytes),
+    )
+    return table
 
 
 # --- the demo ------------------------------------------------------------------------------------------------------
@@ -257,7 +289,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(SCENES) + 1 + len(LAYERS))
+        task = progress.add_task("", total=len(SCENES) + 2 + len(LAYERS))
         for index, scene in enumerate(SCENES):
             console.print(_fill_scene(scene, folder, _reporter(progress, task, index, scene.name)))
         case = comparison.Case(size=arguments.size)
@@ -268,10 +300,14 @@ def main() -> None:
             _reporter(progress, task, len(SCENES) + 1 + len(races), layer.op)(0.0, network)
             of_layer = convolutions.ConvolutionCase(network, layer, arguments.image, convolutions.FLOAT32)
             races.append((of_layer, race_convolution(of_layer, arguments.rounds)))
+        _reporter(progress, task, len(SCENES) + 1 + len(LAYERS), "coherent_semantic_attention")(0.0, "racing")
+        of_csa = coherent.CoherentCase(arguments.image // coherent.PIXELS_PER_POSITION, "forward")
+        coherent_race = race_coherent_attention(of_csa, arguments.rounds)
     console.print(f"\nPanels and filled photos are in {folder.resolve()}\n")
     console.print(comparison.comparison_table(case, rows))
     console.print(convolution_table(races))
-    if any(row.wrong for row in rows) or any(map(has_wrong_result, races)):
+    console.print(coherent_table(of_csa, coherent_race))
+    if any(row.wrong for row in rows) or any(map(has_wrong_result, [coherent_race, *(race for _, race in races)])):
         raise SystemExit("A result differs from the float64 reference.")
 
 

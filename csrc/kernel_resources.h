@@ -23,7 +23,8 @@ struct KernelResource {
 
 }  // namespace inpaint
 
-#define INPAINT_DYNAMIC_SHARED(kernel, bytes)                                                                      \
-  __attribute__((                                                                                                  \
-      used, section("inpaint_resources"))) static const ::inpaint::KernelResource inpaint_resource_of_##kernel = { \
+#define INPAINT_DYNAMIC_SHARED(kernel, bytes)                                                                \
+  __attribute__((                                                                                            \
+      used, unused,                                                                                          \
+      section("inpaint_resources"))) static const ::inpaint::KernelResource inpaint_resource_of_##kernel = { \
       #kernel, static_cast<int64_t>(bytes)}

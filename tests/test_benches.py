@@ -458,7 +458,7 @@ def test_update_keeps_the_rest_of_the_file(results: Path, tmp_path: Path) -> Non
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.main([str(results), "--update", str(readme)])
     text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n| contextual attention |")
+    assert text.startswith(f"before\n{report.BEGIN}\n| contextual attention")
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     report.main([str(results), "--update", str(readme)])
@@ -533,7 +533,7 @@ def test_the_summary_of_a_network_names_its_worst_layer(network_results: Path) -
 
 def test_the_summary_has_both_tables(results: Path, network_results: Path) -> None:
     text = report.summary(report.load([results, network_results]))
-    assert text.startswith("| contextual attention |")
+    assert text.startswith("| contextual attention")
     assert "\n\n| convolutions of a network |" in text
     assert "interleaved rounds, float32." in text
     assert "interleaved rounds, bfloat16." in text

@@ -162,7 +162,7 @@ def test_a_score_is_one_chain_of_fused_multiply_adds(channels):
     scores = fused_chain(queries, keys) * (np.float32(1) / (np.sqrt(squares) + np.float32(1e-8)))
     found = (~flags).flatten().nonzero()[:, 0][torch.from_numpy(scores.argmax(1))]
     assert torch.equal(result[1][0][odd], found)
-    assert torch.equal(result[2][0][odd], torch.zeros(odd.sum()))
+    assert torch.equal(result[2][0][odd], torch.zeros(int(odd.sum())))
     assert torch.equal(result[4][0][odd], torch.from_numpy(scores.max(1)))
 
 

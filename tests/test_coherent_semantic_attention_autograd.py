@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,18 +20,17 @@ def gradient_of(x: Tensor, flags: Tensor, g: Tensor, **options) -> Tensor:
     return torch.autograd.grad(coherent_semantic_attention(leaf, flags, **options), leaf, g)[0]
 
 
-def backward_op(
-    g: Tensor, x: Tensor, flags: Tensor, weights: tuple[Tensor, ...], gradient: str, backend: str
-) -> Tensor:
+def official_gradient(g: Tensor, x: Tensor, flags: Tensor, weights: tuple[Tensor, ...], backend: str) -> Tensor:
+    """The op's backward for index, alpha, beta and total as given."""
     op = torch.ops.inpaint_kernels.coherent_semantic_attention_backward
-    return op(g, x, flags, torch.zeros_like(x), *weights, "official", gradient, 1.0, backend)
+    return op(g, x, flags, torch.zeros_like(x), *weights, "official", "official", 1.0, backend)
 
 
 @pytest.mark.parametrize("backend", WITH_REFERENCE)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("where", ["centre", "one", "all_but_four"])
 def test_gradcheck_of_exact(backend, variant, where):
-    x, flags = 0.3 + features("relu", 1, 6, 5, 6), hole(where, 5, 6)
+    x, flags = 0.3 + features("relu", 1, 4, 4, 4), hole(where, 4, 4)
     torch.autograd.gradcheck(
         lambda x: coherent_semantic_attention(x, flags, variant=variant, gradient="exact", backend=backend),
         x.requires_grad_(),
@@ -103,14 +100,14 @@ def wild_weights(flags: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_truncation_follows_every_rounding(backend, dtype):
-    """A weight that rounds to 1 counts fully and one just below not at all: the whole recurrence has to be bit-equal."""
+    """A weight that rounds to 1 counts fully and one just below not at all: the recurrence has to be bit-equal."""
     flags = hole("scattered", 24, 40)
     weights = wild_weights(flags, dtype)
     x, g = torch.zeros(1, 3, 24, 40, dtype=dtype), torch.randint(-8, 9, (1, 3, 24, 40)).to(dtype)
-    expected = backward_op(g, x, flags[None], weights, "official", "reference")
+    expected = official_gradient(g, x, flags[None], weights, "reference")
     known = ~flags
     assert ((expected - 2 * g)[0, 0][known] != 0).sum() > 20
-    got = backward_op(g, x, flags[None], weights, "official", backend)
+    got = official_gradient(g, x, flags[None], weights, backend)
     torch.testing.assert_close(got, expected, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-6)
 
 
@@ -126,8 +123,8 @@ def test_a_long_run_of_one_index_becomes_whole(backend):
     beta, total = torch.where(flags, 1 - alpha, 0.0), torch.where(flags, 1.0, 0.0)[None]
     index[0, 0, 5] = 0  # the first row is whole, the second is not
     x, g = torch.zeros(1, 1, 1, 40), torch.ones(1, 1, 1, 40)
-    got = backward_op(g, x, flags[None], (index, alpha, beta, total), "official", backend)[0, 0, 0]
-    expected = backward_op(g, x, flags[None], (index, alpha, beta, total), "official", "reference")[0, 0, 0]
+    got = official_gradient(g, x, flags[None], (index, alpha, beta, total), backend)[0, 0, 0]
+    expected = official_gradient(g, x, flags[None], (index, alpha, beta, total), "reference")[0, 0, 0]
     assert torch.equal(got, expected)
     assert got[0] == 2
     assert 2 < got[2] < 2 + 36  # the rows between do not count
@@ -159,7 +156,7 @@ def test_long_memory(backend, gradient):
     g[..., -1, -1] = 1
     expected = gradient_of(x, flags, g, gradient=gradient, backend="reference")
     got = gradient_of(x, flags, g, gradient=gradient, backend=backend)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13 * expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13 * expected.abs().max().item())
 
 
 @needs_cpu_kernels
@@ -211,9 +208,7 @@ def test_there_is_no_second_gradient(backend):
     x, flags = features("relu", 1, 4, 5, 6).requires_grad_(), hole("centre", 5, 6)
     y = coherent_semantic_attention(x, flags, gradient="exact", backend=backend)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=re.escape("coherent_semantic_attention: double backward is not implemented")
-    ):
+    with pytest.raises(RuntimeError, match="coherent_semantic_attention: double backward is not implemented"):
         gradient.sum().backward()
 
 

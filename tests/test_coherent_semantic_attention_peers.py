@@ -19,7 +19,7 @@ from inpaint_kernels.nn import CSA
 from tests.coherent_maps import KINDS, features, hole
 from tests.test_coherent_semantic_attention import WITH_REFERENCE
 
-SIZES = [(3, 5, 5), (16, 12, 12), (256, 16, 16), (32, 10, 14), (512, 12, 20)]
+SIZES = [(24, 5, 5), (16, 12, 12), (256, 16, 16), (32, 10, 14), (512, 12, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +36,26 @@ def layer(request: pytest.FixtureRequest) -> PublishedCSA:
 @pytest.mark.parametrize("where", ["centre", "one", "scattered", "all_but_four", "corner"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_published_layer_in_float64(layer, kind, where, size):
-    channels, height, width = size
-    # Positive: with few channels a ReLU leaves parallel and zero vectors, where known positions are not themselves there.
+    height, width = size[1:]
+    # Positive: with few channels a ReLU leaves parallel and zero vectors; there known ones are not themselves.
     x = 0.1 + features(kind, 1, *size).abs()
     flags = hole(where, height, width)
     layer.set_flags(flags)
     g = torch.randn(1, *size, dtype=torch.float64)
-    square = height == width
-    expected, gradient = layer.forward_backward(x, g) if square else (layer.forward(x), None)
+    # The published gradient truncates attention weights; one that is 1 to rounding may be 1 here and 0 there.
+    masked = flags.flatten().nonzero()[1:, 0]
+    rows = coherent_semantic_attention(x, flags, return_attention=True, backend="reference").rows(0, masked)
+    decided = (rows - rows.round()).abs().where(rows.round() != 0, 1).flatten().amin() > 1e-9 if rows.numel() else True
+    with_gradient = height == width and decided
+    expected, gradient = layer.forward_backward(x, g) if with_gradient else (layer.forward(x), None)
     for backend in WITH_REFERENCE:
         leaf = x.clone().requires_grad_()
         y = coherent_semantic_attention(leaf, flags, backend=backend)
-        torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-13 * x.max())
+        torch.testing.assert_close(y.detach(), expected, rtol=0, atol=1e-13 * x.max().item())
         if gradient is not None:
-            torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], gradient, rtol=0, atol=1e-13 * channels)
+            torch.testing.assert_close(torch.autograd.grad(y, leaf, g)[0], gradient, rtol=0, atol=1e-12)
+    if where == "one" or (where == "centre" and kind == "relu"):
+        assert decided  # so that the gradients of some maps are compared
 
 
 def test_float32_of_the_networks_size(layer):

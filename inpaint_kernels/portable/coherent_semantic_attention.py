@@ -151,18 +151,19 @@ def _scan(step: Step, inputs: Sequence[Tensor], guess: Tensor) -> list[Tensor]:
     ``guess`` [M, C]: what the state before every row may be; only the first passes over the blocks read it.
     """
     count = guess.shape[0]
-    blocks = -(-count // BLOCK)
-    rows = [_in_blocks(x, blocks) for x in inputs]
-    state = _in_blocks(guess, blocks)[0]
+    depth = min(BLOCK, count)
+    blocks = -(-count // depth)
+    rows = [_in_blocks(x, blocks, depth) for x in inputs]
+    state = _in_blocks(guess, blocks, depth)[0]
     state[0] = 0
     kept: list[Tensor] = []
     active = torch.arange(blocks, device=guess.device)
     while active.numel() > 0:
         now = state[active]
         taken = rows if active.numel() == blocks else [x[:, active] for x in rows]
-        for r in range(BLOCK):
+        for r in range(depth):
             now, outputs = step(now, *(x[r] for x in taken))
-            kept = kept or [x.new_empty(BLOCK, blocks, *x.shape[1:]) for x in outputs]
+            kept = kept or [x.new_empty(depth, blocks, *x.shape[1:]) for x in outputs]
             for to, out in zip(kept, outputs, strict=True):
                 to[r, active] = out
         # Bits are compared, so that a NaN equals itself and the loop ends.
@@ -175,10 +176,10 @@ def _scan(step: Step, inputs: Sequence[Tensor], guess: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1).flatten(0, 1)[:count] for x in kept]
 
 
-def _in_blocks(x: Tensor, blocks: int) -> Tensor:
-    """[M, ...] -> [BLOCK, blocks, ...], zeros behind the last row."""
-    framed = torch.cat((x, x.new_zeros(blocks * BLOCK - x.shape[0], *x.shape[1:])))
-    return framed.unflatten(0, (blocks, BLOCK)).transpose(0, 1).contiguous()
+def _in_blocks(x: Tensor, blocks: int, depth: int) -> Tensor:
+    """[M, ...] -> [depth, blocks, ...], zeros behind the last row."""
+    framed = torch.cat((x, x.new_zeros(blocks * depth - x.shape[0], *x.shape[1:])))
+    return framed.unflatten(0, (blocks, depth)).transpose(0, 1).contiguous()
 
 
 def _bits(x: Tensor) -> Tensor:
