@@ -10,6 +10,7 @@ from inpaint_kernels.ops._contextual_attention_presets import PRESETS, Contextua
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
 from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d  # noqa: E402
 from inpaint_kernels.ops.gated_conv2d import gated_conv2d  # noqa: E402
+from inpaint_kernels.ops.hog import HogResult, hog  # noqa: E402
 from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
 from inpaint_kernels.ops.partial_conv2d import PartialConv2dResult, partial_conv2d  # noqa: E402
 from inpaint_kernels.ops.patch_vote import patch_vote  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "PRESETS",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
+    "HogResult",
     "PartialConv2dResult",
     "PatchMatches",
     "contextual_attention",
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "flow_to_color",
     "gated_conv2d",
+    "hog",
     "match_patches",
     "partial_conv2d",
     "patch_vote",

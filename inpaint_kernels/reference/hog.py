@@ -1,0 +1,147 @@
+"""Histograms of oriented gradients written to be read beside scikit-image's ``hog``: float64 from the gradient on."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def hog(
+    images: Tensor,
+    orientations: int,
+    cell: tuple[int, int],
+    block: tuple[int, int],
+    block_norm: str,
+    transform_sqrt: bool,
+    cells: bool,
+    visualize: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Features and, if asked for, the picture of the histograms.
+
+    Args:
+        images: [B, C, H, W], any real dtype.
+        orientations: n, bins of 180 degrees / n.
+        cell: rows and columns of a cell, in pixels.
+        block: rows and columns of a block, in cells.
+        block_norm: "L1", "L1-sqrt", "L2" or "L2-Hys".
+        transform_sqrt: whether the square root of the images is taken first.
+        cells: whether the features are the cells' histograms, not the blocks.
+        visualize: whether to draw the picture.
+
+    Returns:
+        float64: [B, by, bx, block rows, block columns, n] blocks, or [B, cy, cx, n] cells; picture [B, H, W] or None.
+    """
+    height, width = images.shape[2:]
+    magnitude, angle = gradient(images, transform_sqrt)
+    histograms = cell_histograms(magnitude, angle, orientations, cell)
+    picture = draw(histograms, cell, (height, width)) if visualize else None
+    return histograms if cells else normalised_blocks(histograms, block, block_norm), picture
+
+
+def gradient(images: Tensor, transform_sqrt: bool = False) -> tuple[Tensor, Tensor]:
+    """Magnitude and angle in [0, 180) degrees of the gradient of the channel where it is largest: two [B, H, W]."""
+    # Integers and float64 are float64, shorter floats float32: differences, and the magnitudes that are compared
+    # between channels, are rounded in this dtype. It decides which of two almost equal channels counts.
+    dtype = images.dtype if images.dtype in (torch.float32, torch.float64) else torch.float64
+    if images.dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    images = images.to(dtype)
+    if transform_sqrt:
+        images = images.sqrt()
+    down, right = torch.zeros_like(images), torch.zeros_like(images)  # 0 where a neighbour is missing
+    if images.shape[2] > 2:
+        down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
+    if images.shape[3] > 2:
+        right[:, :, :, 1:-1] = images[:, :, :, 2:] - images[:, :, :, :-2]
+    down, right = down.double(), right.double()
+    largest = length(down, right).to(dtype).argmax(1, keepdim=True)  # the first of equal ones
+    down, right = down.gather(1, largest).squeeze(1), right.gather(1, largest).squeeze(1)
+    return length(down, right), torch.rad2deg(torch.atan2(down, right)).detach() % 180
+
+
+def length(y: Tensor, x: Tensor) -> Tensor:
+    """sqrt(y^2 + x^2), whose gradient at 0 is 0."""
+    moving = (y != 0) | (x != 0)
+    return torch.hypot(y.where(moving, 1), x.where(moving, 1)).where(moving, 0)
+
+
+def cell_histograms(magnitude: Tensor, angle: Tensor, orientations: int, cell: tuple[int, int]) -> Tensor:
+    """[B, cells y, cells x, n]: the mean over each cell of the magnitudes whose angle lies in each bin.
+
+    Bin i holds the angles from 180 i / n on, to the next border exclusively: no interpolation. Pixels that do not fill
+    a cell are left out, on the right and at the bottom.
+    """
+    rows, columns = magnitude.shape[1] // cell[0], magnitude.shape[2] // cell[1]
+    bins = []
+    for i in range(orientations):
+        inside = (angle >= 180.0 / orientations * i) & (angle < 180.0 / orientations * (i + 1))
+        votes = magnitude.where(inside, 0)[:, : rows * cell[0], : columns * cell[1]]
+        bins.append(votes.unflatten(1, (rows, cell[0])).unflatten(3, (columns, cell[1])).mean((2, 4)))
+    return torch.stack(bins, -1)
+
+
+def normalised_blocks(histograms: Tensor, block: tuple[int, int], norm: str, eps: float = 1e-5) -> Tensor:
+    """[B, cells y, cells x, n] -> [B, blocks y, blocks x, block rows, block columns, n]; a block at every cell."""
+    blocks = histograms.unfold(1, block[0], 1).unfold(2, block[1], 1).permute(0, 1, 2, 4, 5, 3)
+    if norm in ("L1", "L1-sqrt"):
+        blocks = blocks / (blocks.sum((3, 4, 5), keepdim=True) + eps)
+        return square_root(blocks) if norm == "L1-sqrt" else blocks.contiguous()
+    for step in range(2 if norm == "L2-Hys" else 1):
+        if step == 1:
+            blocks = blocks.clamp_max(0.2)
+        blocks = blocks / (blocks.square().sum((3, 4, 5), keepdim=True) + eps**2).sqrt()
+    return blocks
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Its gradient at 0 is 0."""
+    return x.where(x > 0, 1).sqrt().where(x > 0, 0)
+
+
+def draw(histograms: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """[B, H, W]: in every cell a line for each bin, along the edge, as bright as the bin is high; lines add up."""
+    lines = line_masks(histograms.shape[3], *cell).to(histograms)
+    batch, rows, columns, _ = histograms.shape
+    drawn = (histograms[..., None, None] * lines).sum(3)  # [B, cells y, cells x, cell rows, cell columns]
+    picture = histograms.new_zeros(batch, *size)
+    picture[:, : rows * cell[0], : columns * cell[1]] = drawn.transpose(2, 3).flatten(3).flatten(1, 2)
+    return picture
+
+
+@functools.cache
+def line_masks(orientations: int, rows: int, columns: int) -> Tensor:
+    """[n, rows, columns] bool: the pixels of a cell that the line of each bin goes through.
+
+    The line through the cell's centre is perpendicular to the gradient in the middle of the bin, and never leaves the
+    cell if that has at least 2 x 2 pixels.
+    """
+    masks = torch.zeros(orientations, rows, columns, dtype=torch.bool)
+    radius = min(rows, columns) // 2 - 1
+    for i in range(orientations):
+        angle = math.pi * (i + 0.5) / orientations
+        # A cell far from the origin, where rounding cannot tilt the horizontal line.
+        y, x = 3 * rows + rows // 2, 3 * columns + columns // 2
+        down, right = radius * math.cos(angle), radius * math.sin(angle)
+        for row, column in line(int(y - down), int(x + right), int(y + down), int(x - right)):
+            masks[i, row - 3 * rows, column - 3 * columns] = True
+    return masks
+
+
+def line(y: int, x: int, y1: int, x1: int) -> list[tuple[int, int]]:
+    """Pixels of the line from (y, x) to (y1, x1), by Bresenham's algorithm."""
+    dy, dx = abs(y1 - y), abs(x1 - x)
+    step_y, step_x = 1 if y1 > y else -1, 1 if x1 > x else -1
+    steep = dy > dx
+    if steep:
+        y, x, dy, dx, step_y, step_x = x, y, dx, dy, step_x, step_y
+    error = 2 * dy - dx
+    pixels = []
+    for _ in range(dx):
+        pixels.append((x, y) if steep else (y, x))
+        while error >= 0:
+            y, error = y + step_y, error - 2 * dx
+        x, error = x + step_x, error + 2 * dy
+    return [*pixels, (y1, x1)]
