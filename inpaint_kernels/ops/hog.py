@@ -131,7 +131,7 @@ def _prepare(
     batch = images if images.dim() == 4 else images[None] if images.dim() == 3 else images[None, None]
     if batch.shape[1] == 0:
         raise ValueError(f"images: expected at least one channel, got shape {list(images.shape)}")
-    height, width = (cell if settings.cells else (cell[0] * block[0], cell[1] * block[1]))
+    height, width = cell if settings.cells else (cell[0] * block[0], cell[1] * block[1])
     if batch.shape[2] < height or batch.shape[3] < width:
         raise ValueError(
             f"images: expected at least {height} x {width} pixels for these cells and blocks, "

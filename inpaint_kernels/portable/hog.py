@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
 
 def feature_dtype(images: Tensor) -> torch.dtype:
-    """dtype of the features and the picture."""
+    """Data type of the features and the picture."""
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
@@ -97,7 +97,7 @@ def gradient(image: Tensor, top: int, bottom: int, settings: Settings) -> tuple[
     above, below = max(top - 1, 0), min(bottom + 1, height)
     strip = image[:, above:below, : columns + 1].to(_image_dtype(image, settings))
     if settings.transform_sqrt:
-        strip = strip.sqrt()
+        strip = rounded_sqrt(strip)
     down, right = torch.zeros_like(strip), torch.zeros_like(strip)  # 0 where a neighbour is missing
     torch.sub(strip[:, 2:], strip[:, :-2], out=down[:, 1:-1])
     torch.sub(strip[:, :, 2:], strip[:, :, :-2], out=right[:, :, 1:-1])
@@ -111,14 +111,35 @@ def gradient(image: Tensor, top: int, bottom: int, settings: Settings) -> tuple[
     return down.gather(0, channel)[0], right.gather(0, channel)[0], channel
 
 
-def bins_of(down: Tensor, right: Tensor, orientations: int) -> Tensor:
-    """Number of the bin of each gradient: how many borders its angle, folded into [0, 180), has passed. int16.
+def rounded_sqrt(x: Tensor) -> Tensor:
+    """The square root, correctly rounded.
 
-    Two rounded products are compared: a fused multiply-add would break the ties at 45 degrees.
+    torch's own may be off by one unit in the last place, and for one number here but not there: neighbours that are
+    equal would have a gradient.
     """
+    if x.device.type == "mps":
+        return x.sqrt()
+    wide = x.double()
+    root = wide.sqrt()
+    high = root * (2.0**27 + 1) - (root * (2.0**27 + 1) - root)  # its first 26 bits, so that these products are exact
+    low = root - high
+    rest = ((wide - high * high) - 2 * high * low) - low * low
+    return torch.where((root > 0) & (root < math.inf), root + rest / (2 * root), root).to(x.dtype)
+
+
+def bins_of(down: Tensor, right: Tensor, orientations: int) -> Tensor:
+    """Number of the bin of each gradient: how many borders its angle, folded into [0, 180), has passed. int16."""
+    bins = torch.zeros_like(down, dtype=torch.int16)
+    if down.dtype == torch.float64:
+        # The published formula, whose rounding decides near-ties: square roots of integers have gradients at exactly
+        # 30 and 60 degrees.
+        angle = torch.rad2deg(torch.atan2(down, right)) % 180
+        for k in range(1, orientations):
+            bins += angle >= 180.0 / orientations * k
+        return bins
+    # Two rounded products are compared: a fused multiply-add would break the ties at 45 degrees.
     right = torch.where(down < 0, -right, torch.where(down == 0, right.abs(), right))
     down = down.abs()
-    bins = torch.zeros_like(down, dtype=torch.int16)
     for cosine, sine in borders(orientations):
         bins += down * cosine >= right * sine
     return bins

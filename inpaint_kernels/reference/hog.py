@@ -50,7 +50,7 @@ def gradient(images: Tensor, transform_sqrt: bool = False) -> tuple[Tensor, Tens
         dtype = torch.float32
     images = images.to(dtype)
     if transform_sqrt:
-        images = images.sqrt()
+        images = rounded_sqrt(images)
     down, right = torch.zeros_like(images), torch.zeros_like(images)  # 0 where a neighbour is missing
     if images.shape[2] > 2:
         down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
@@ -66,6 +66,23 @@ def length(y: Tensor, x: Tensor) -> Tensor:
     """sqrt(y^2 + x^2), whose gradient at 0 is 0."""
     moving = (y != 0) | (x != 0)
     return torch.hypot(y.where(moving, 1), x.where(moving, 1)).where(moving, 0)
+
+
+def rounded_sqrt(x: Tensor) -> Tensor:
+    """The square root, correctly rounded; its gradient at 0 is 0.
+
+    torch's own may be off by one unit in the last place, and for one number here but not there: neighbours that are
+    equal would have a gradient.
+    """
+    if x.dtype == torch.float32:
+        return rounded_sqrt(x.double()).float()
+    positive = (x > 0) & (x < math.inf)
+    x1 = x.where(positive, 1)
+    root = x1.sqrt()
+    high = root * (2.0**27 + 1) - (root * (2.0**27 + 1) - root)  # its first 26 bits, so that these products are exact
+    low = root - high
+    rest = ((x1 - high * high) - 2 * high * low) - low * low
+    return (root + rest / (2 * root)).where(positive, x.detach().sqrt())
 
 
 def cell_histograms(magnitude: Tensor, angle: Tensor, orientations: int, cell: tuple[int, int]) -> Tensor:
@@ -88,17 +105,12 @@ def normalised_blocks(histograms: Tensor, block: tuple[int, int], norm: str, eps
     blocks = histograms.unfold(1, block[0], 1).unfold(2, block[1], 1).permute(0, 1, 2, 4, 5, 3)
     if norm in ("L1", "L1-sqrt"):
         blocks = blocks / (blocks.sum((3, 4, 5), keepdim=True) + eps)
-        return square_root(blocks) if norm == "L1-sqrt" else blocks.contiguous()
+        return blocks.where(blocks > 0, 1).sqrt().where(blocks > 0, 0) if norm == "L1-sqrt" else blocks
     for step in range(2 if norm == "L2-Hys" else 1):
         if step == 1:
             blocks = blocks.clamp_max(0.2)
         blocks = blocks / (blocks.square().sum((3, 4, 5), keepdim=True) + eps**2).sqrt()
     return blocks
-
-
-def square_root(x: Tensor) -> Tensor:
-    """Its gradient at 0 is 0."""
-    return x.where(x > 0, 1).sqrt().where(x > 0, 0)
 
 
 def draw(histograms: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Tensor:
