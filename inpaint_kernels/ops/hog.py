@@ -215,6 +215,11 @@ BACKENDS = OpBackends(
 )
 
 
+def _cpu(images: Tensor, lines: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor | None]:
+    orientations, cell, block, *others = settings
+    return torch.ops.inpaint_native.hog(images, lines, orientations, *cell, *block, *others)
+
+
 def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
     from inpaint_kernels.triton_kernels import hog as triton_kernels
 
@@ -228,6 +233,7 @@ def _reference(images: Tensor, lines: Tensor | None, settings: Settings) -> tupl
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor | None, Settings], tuple[Tensor, Tensor | None]]] = {
+    "cpu": _cpu,
     "triton": _triton,
     "portable": portable.hog,
     "reference": _reference,

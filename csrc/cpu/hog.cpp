@@ -1,0 +1,347 @@
+// hog on the CPU: one pass from pixels to the cells' histograms, one from these to normalised blocks and the picture.
+//
+// Traffic of 2000 x 2000 gray bytes with 9 bins and blocks of 3 x 3 cells: 4 MB read, 20 MB written (every cell stands
+// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel about 8 vector lanes' worth for its
+// bin and magnitude and 3 per bin for its histogram.
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../common.h"
+#include "hog_kernels.h"
+#include "memory.h"
+#include "tasks.h"
+
+namespace inpaint {
+namespace {
+
+// Pixels of a piece of a cell row that are worked on together: their votes (8 bytes each) stay in the L1 cache.
+constexpr int64_t kPixelsTogether = 2048;
+
+// The images, and what is asked of them.
+struct Job {
+  int64_t batch, channels, height, width;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;  // in elements
+  int64_t cell_rows, cell_columns, cells_down, cells_across, orientations;
+  bool transform_sqrt;
+};
+
+// ---- Rows of pixels ----------------------------------------------------------------------------------------------
+
+// An element as arithmetic A reads it. Integers with a sign are shifted: only their differences count.
+template <class A, class Element>
+INPAINT_INLINE typename A::Row row_value(Element element, bool transform_sqrt) {
+  typedef typename A::Row Row;
+  if constexpr (std::is_integral_v<Row> && std::is_signed_v<Element>) {
+    return static_cast<Row>(static_cast<Row>(element) ^ (Row(1) << (8 * sizeof(Row) - 1)));
+  } else {
+    const Row value = static_cast<Row>(element);
+    if constexpr (std::is_floating_point_v<Row>) return transform_sqrt ? std::sqrt(value) : value;
+    return value;
+  }
+}
+
+template <class A, class Element>
+INPAINT_INLINE void copy_pixels_body(typename A::Row* __restrict to, const Element* __restrict from, int64_t stride,
+                                     int64_t count, bool transform_sqrt) {
+  if constexpr (std::is_same_v<Element, HalfBits> || std::is_same_v<Element, BFloatBits>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = load_one<float>(from + i * stride);
+    if (transform_sqrt)
+      for (int64_t i = 0; i < count; ++i) to[i] = std::sqrt(to[i]);
+  } else if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i], transform_sqrt);
+  } else if (stride == 3) {
+    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[3 * i], transform_sqrt);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i * stride], transform_sqrt);
+  }
+}
+
+// ---- A row of cells ----------------------------------------------------------------------------------------------
+
+// One worker's memory.
+template <class A>
+struct Scratch {
+  typedef typename A::T T;
+  typedef typename A::Row Row;
+  static constexpr int64_t kArrays = 6;  // of a row: two gradients with their squares
+
+  int64_t cells_together, stride;  // stride: padded pixels of a row
+  bool direct;                     // rows are read where they are
+  int64_t row_stride;              // of copied rows, which have a pixel more on either side
+  Buffer<T> magnitude, gradients;
+  Buffer<LaneInt<T>> bins, verdict;
+  Buffer<Row> rows;
+
+  Scratch() = default;
+  Scratch(const Job& job, bool read_in_place)
+      : cells_together(std::clamp<int64_t>(kPixelsTogether / (job.cell_rows * job.cell_columns), 1, job.cells_across)),
+        stride(round_up(cells_together * job.cell_columns, kChunk) + kChunk),
+        direct(read_in_place),
+        row_stride(round_up(stride + 2, kAlignment)),
+        magnitude(job.cell_rows * stride),
+        gradients(kArrays * stride),
+        bins(job.cell_rows * stride),
+        verdict(stride),
+        rows(direct ? 0 : (job.cell_rows + 2) * job.channels * row_stride) {}
+};
+
+// Writes the votes of one image row, pixels [left, left + count): rows are at(channel, y) + x.
+template <class A, class RowAt>
+INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const RowAt& at, int64_t y,
+                         int64_t left, int64_t count, typename A::T* __restrict magnitude,
+                         LaneInt<typename A::T>* bins) {
+  typedef typename A::T T;
+  T* arrays = scratch.gradients.get();
+  const int64_t stride = scratch.stride;
+  const GradientRow<T> best{arrays, arrays + stride, magnitude};
+  const GradientRow<T> other{arrays + 3 * stride, arrays + 4 * stride, nullptr};
+  const bool inside = y > 0 && y + 1 < job.height;
+  // At the image's left and right border there is no difference.
+  const int64_t begin = left == 0, end = left + count == job.width ? count - 1 : count;
+  for (int64_t channel = 0; channel < job.channels; ++channel) {
+    const GradientRow<T>& now = channel == 0 ? best : other;
+    if (inside)
+      subtract<T>(now.down, at(channel, y + 1) + left, at(channel, y - 1) + left, count);
+    else
+      std::fill(now.down, now.down + count, T(0));
+    now.right[0] = now.right[count - 1] = 0;
+    const auto* row = at(channel, y) + left;
+    if (begin < end) subtract<T>(now.right + begin, row + begin + 1, row + begin - 1, end - begin);
+    if (channel > 0) {
+      keep_longer<A>(best, other, count, scratch.verdict.get());
+      continue;
+    }
+    const T* __restrict down = best.down, * __restrict right = best.right;
+    for (int64_t i = 0; i < count; ++i) magnitude[i] = down[i] * down[i] + right[i] * right[i];
+  }
+  find_bins<A>(borders, best.down, best.right, count, bins);
+  for (int64_t i = 0; i < count; ++i) magnitude[i] = std::sqrt(magnitude[i]);
+}
+
+// Histograms and energies of row `row` of cells of one image.
+template <class A, class Element>
+INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, Scratch<A>& scratch,
+                                    const Element* image, int64_t row, BlockNorm norm, typename A::T* histograms,
+                                    typename A::T* energy) {
+  typedef typename A::T T;
+  typedef typename A::Row Row;
+  const int64_t top = row * job.cell_rows;
+  for (int64_t first = 0; first < job.cells_across; first += scratch.cells_together) {
+    const int64_t cells = std::min(scratch.cells_together, job.cells_across - first);
+    const int64_t left = first * job.cell_columns, count = cells * job.cell_columns;
+    const auto vote_rows = [&](const auto& at) INPAINT_INLINE_LAMBDA {
+      for (int64_t y = 0; y < job.cell_rows; ++y)
+        vote<A>(job, borders, scratch, at, top + y, left, count, scratch.magnitude.get() + y * scratch.stride,
+                scratch.bins.get() + y * scratch.stride);
+    };
+    bool in_place = false;
+    if constexpr (std::is_same_v<Row, Element>) {
+      in_place = scratch.direct;
+      if (in_place)
+        vote_rows([&](int64_t channel, int64_t y)
+                      INPAINT_INLINE_LAMBDA { return image + channel * job.channel_stride + y * job.row_stride; });
+    }
+    if (!in_place) {
+      const int64_t begin = std::max<int64_t>(left - 1, 0), end = std::min(left + count + 1, job.width);
+      for (int64_t y = std::max<int64_t>(top - 1, 0); y < std::min(top + job.cell_rows + 1, job.height); ++y)
+        for (int64_t channel = 0; channel < job.channels; ++channel)
+          copy_pixels_body<A>(
+              scratch.rows.get() + ((y - top + 1) * job.channels + channel) * scratch.row_stride + begin - left + 1,
+              image + channel * job.channel_stride + y * job.row_stride + begin * job.column_stride, job.column_stride,
+              end - begin, job.transform_sqrt);
+      vote_rows([&](int64_t channel, int64_t y) INPAINT_INLINE_LAMBDA -> const Row* {
+        return scratch.rows.get() + ((y - top + 1) * job.channels + channel) * scratch.row_stride + 1 - left;
+      });
+    }
+    const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      T* histogram = histograms + (first + cell) * job.orientations;
+      fill_histogram<T>(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations, histogram);
+      if (energy) energy[first + cell] = energy_of(histogram, job.orientations, norm);
+    }
+  }
+}
+
+#define INPAINT_HOG_CELLS(A, Element)                                                                                  \
+  INPAINT_CLONES void fill_cells(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const Element* image, \
+                                 int64_t row, BlockNorm norm, typename A::T* histograms, typename A::T* energy) {      \
+    fill_cells_body<A>(job, borders, scratch, image, row, norm, histograms, energy);                                   \
+  }
+INPAINT_HOG_CELLS(EightBit, uint8_t)
+INPAINT_HOG_CELLS(EightBit, int8_t)
+INPAINT_HOG_CELLS(SixteenBit, int16_t)
+INPAINT_HOG_CELLS(SixteenBit, uint16_t)
+INPAINT_HOG_CELLS(Single, float)
+INPAINT_HOG_CELLS(Single, HalfBits)
+INPAINT_HOG_CELLS(Single, BFloatBits)
+INPAINT_HOG_CELLS(Wide, uint8_t)
+INPAINT_HOG_CELLS(Wide, int8_t)
+INPAINT_HOG_CELLS(Wide, int16_t)
+INPAINT_HOG_CELLS(Wide, uint16_t)
+INPAINT_HOG_CELLS(Wide, int32_t)
+INPAINT_HOG_CELLS(Wide, uint32_t)
+INPAINT_HOG_CELLS(Wide, int64_t)
+INPAINT_HOG_CELLS(Wide, uint64_t)
+INPAINT_HOG_CELLS(Wide, double)
+
+INPAINT_CLONES void fill_blocks(const BlockShape& shape, const float* histograms, const float* energy, float* to) {
+  normalise_blocks(shape, histograms, energy, to);
+}
+INPAINT_CLONES void fill_blocks(const BlockShape& shape, const double* histograms, const double* energy, double* to) {
+  normalise_blocks(shape, histograms, energy, to);
+}
+
+INPAINT_CLONES void draw(const Lines<float>& lines, int64_t y, const float* histograms, int64_t cells,
+                         int64_t orientations, float* to, int64_t width) {
+  draw_row(lines, y, histograms, cells, orientations, to, width);
+}
+INPAINT_CLONES void draw(const Lines<double>& lines, int64_t y, const double* histograms, int64_t cells,
+                         int64_t orientations, double* to, int64_t width) {
+  draw_row(lines, y, histograms, cells, orientations, to, width);
+}
+
+// ---- The call ----------------------------------------------------------------------------------------------------
+
+// Out is the type of the features: float, or double for double images.
+template <class A, class Element, class Out>
+void run(const Job& job, const Element* images, BlockShape shape, const bool* masks, Out* cells, Out* blocks,
+         Out* picture) {
+  typedef typename A::T T;
+  const Borders<A> borders(job.orientations);
+  bool direct = std::is_same_v<typename A::Row, Element> && job.column_stride == 1 && !job.transform_sqrt;
+  std::vector<Scratch<A>> scratch(worker_count());
+  for (Scratch<A>& one : scratch) one = Scratch<A>(job, direct);
+  const int64_t rows = job.batch * job.cells_down, row_length = job.cells_across * job.orientations;
+  // Histograms are the features, or, padded, between the phases; of another type than these, of one row only.
+  Buffer<Out> kept(cells ? 0 : rows * row_length + kChunk);
+  Buffer<Out> energy(blocks ? rows * job.cells_across : 0);
+  Out* const histograms = cells ? cells : kept.get();
+  Buffer<T> narrowed(std::is_same_v<T, Out> ? 0 : worker_count() * row_length);
+  std::optional<Lines<Out>> lines;
+  if (picture) lines.emplace(masks, job.orientations, job.cell_rows, job.cell_columns);
+  const int64_t blocks_down = job.cells_down - shape.rows + 1;
+  const int64_t block_row = shape.blocks_across * shape.rows * shape.columns * job.orientations;
+  const int64_t work = job.cell_rows * job.width * (job.channels + 8);
+  run_phases(blocks || picture ? 2 : 1, rows, work, [&](int64_t worker, int64_t phase, int64_t i) {
+    const int64_t sample = i / job.cells_down, row = i % job.cells_down;
+    const Out* own = histograms + i * row_length;
+    if (phase == 0) {
+      const Element* image = images + sample * job.batch_stride;
+      Out* to = histograms + i * row_length;
+      Out* energies = blocks ? energy.get() + i * job.cells_across : nullptr;
+      if constexpr (std::is_same_v<T, Out>) {
+        fill_cells(job, borders, scratch[worker], image, row, shape.norm, to, energies);
+      } else {
+        T* wide = narrowed.get() + worker * row_length;
+        fill_cells(job, borders, scratch[worker], image, row, shape.norm, wide, static_cast<T*>(nullptr));
+        for (int64_t k = 0; k < row_length; ++k) to[k] = static_cast<Out>(wide[k]);
+        for (int64_t cell = 0; energies && cell < job.cells_across; ++cell)
+          energies[cell] = energy_of(to + cell * job.orientations, job.orientations, shape.norm);
+      }
+      return;
+    }
+    if (blocks && row < blocks_down)
+      fill_blocks(shape, own, energy.get() + i * job.cells_across, blocks + (sample * blocks_down + row) * block_row);
+    if (!picture) return;
+    Out* to = picture + (sample * job.height + row * job.cell_rows) * job.width;
+    for (int64_t y = 0; y < job.cell_rows; ++y, to += job.width)
+      draw(*lines, y, own, job.cells_across, job.orientations, to, job.width);
+    if (row + 1 == job.cells_down) std::fill(to, picture + (sample + 1) * job.height * job.width, Out(0));
+  });
+}
+
+// Calls `body` with (arithmetic, zero of the memory type, zero of the features' type).
+template <class Body>
+void dispatch_image(ScalarType type, bool transform_sqrt, const Body& body) {
+  const auto integer = [&](auto arithmetic, auto element) {
+    if (transform_sqrt) return body(Wide{}, element, float{});
+    return body(arithmetic, element, float{});
+  };
+  switch (type) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return integer(EightBit{}, uint8_t{});
+    case ScalarType::Char:
+      return integer(EightBit{}, int8_t{});
+    case ScalarType::Short:
+      return integer(SixteenBit{}, int16_t{});
+    case ScalarType::UInt16:
+      return integer(SixteenBit{}, uint16_t{});
+    case ScalarType::Int:
+      return body(Wide{}, int32_t{}, float{});
+    case ScalarType::UInt32:
+      return body(Wide{}, uint32_t{}, float{});
+    case ScalarType::Long:
+      return body(Wide{}, int64_t{}, float{});
+    case ScalarType::UInt64:
+      return body(Wide{}, uint64_t{}, float{});
+    case ScalarType::Half:
+      return body(Single{}, HalfBits{}, float{});
+    case ScalarType::BFloat16:
+      return body(Single{}, BFloatBits{}, float{});
+    case ScalarType::Float:
+      return body(Single{}, float{}, float{});
+    case ScalarType::Double:
+      return body(Wide{}, double{}, double{});
+    default:
+      STD_TORCH_CHECK(false, "images: expected a real dtype, got ", torch::headeronly::toString(type));
+  }
+}
+
+BlockNorm block_norm_of(const std::string& name) {
+  if (name == "L1") return BlockNorm::l1;
+  if (name == "L1-sqrt") return BlockNorm::l1_sqrt;
+  if (name == "L2") return BlockNorm::l2;
+  STD_TORCH_CHECK(name == "L2-Hys", "block_norm: expected 'L1', 'L1-sqrt', 'L2' or 'L2-Hys', got '", name, "'");
+  return BlockNorm::l2_hys;
+}
+
+// images [B, C, H, W] -> cells [B, cells y, cells x, n] or blocks [B, blocks y, blocks x, block rows, block columns,
+// n], and with lines [n, cell rows, cell columns] bool the picture [B, H, W].
+std::tuple<Tensor, Tensor> hog(const Tensor& images, const std::optional<Tensor>& lines, int64_t orientations,
+                               int64_t cell_rows, int64_t cell_columns, int64_t block_rows, int64_t block_columns,
+                               const std::string& block_norm, bool transform_sqrt, bool cells) {
+  check_rank(images, "images", 4);
+  STD_TORCH_CHECK(orientations >= 1 && cell_rows >= 1 && cell_columns >= 1 && block_rows >= 1 && block_columns >= 1,
+                  "hog: expected positive sizes");
+  const int64_t batch = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  const int64_t down = height / cell_rows, across = width / cell_columns;
+  const int64_t blocks_down = down - block_rows + 1, blocks_across = across - block_columns + 1;
+  STD_TORCH_CHECK(channels >= 1 && down >= 1 && across >= 1 && (cells || (blocks_down >= 1 && blocks_across >= 1)),
+                  "images: expected at least one channel and one block");
+  if (lines) {
+    check_dense(*lines, "lines", 3);
+    STD_TORCH_CHECK(lines->scalar_type() == ScalarType::Bool && lines->size(0) == orientations &&
+                        lines->size(1) == cell_rows && lines->size(2) == cell_columns,
+                    "lines: expected [orientations, cell rows, cell columns] bool");
+  }
+  const Job job{
+      batch,     channels,     height, width,  images.stride(0), images.stride(1), images.stride(2), images.stride(3),
+      cell_rows, cell_columns, down,   across, orientations,     transform_sqrt};
+  const BlockShape shape{across, blocks_across, block_rows, block_columns, orientations, block_norm_of(block_norm)};
+  const ScalarType type = images.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor features =
+      cells ? torch::stable::new_empty(images, {batch, down, across, orientations}, type)
+            : torch::stable::new_empty(
+                  images, {batch, blocks_down, blocks_across, block_rows, block_columns, orientations}, type);
+  Tensor picture = lines ? torch::stable::new_empty(images, {batch, height, width}, type)
+                         : torch::stable::new_empty(images, {0}, type);
+  if (batch == 0) return {features, picture};
+  dispatch_image(images.scalar_type(), transform_sqrt, [&](auto arithmetic, auto element, auto out) {
+    using A = decltype(arithmetic);
+    using Element = decltype(element);
+    using Out = decltype(out);
+    Out* to = static_cast<Out*>(features.mutable_data_ptr());
+    run<A, Element, Out>(job, static_cast<const Element*>(images.const_data_ptr()), shape,
+                         lines ? static_cast<const bool*>(lines->const_data_ptr()) : nullptr, cells ? to : nullptr,
+                         cells ? nullptr : to, lines ? static_cast<Out*>(picture.mutable_data_ptr()) : nullptr);
+  });
+  return {features, picture};
+}
+
+}  // namespace
+}  // namespace inpaint
+
+STABLE_TORCH_LIBRARY_IMPL(inpaint_native, CPU, m) { m.impl("hog", TORCH_BOX(&inpaint::hog)); }
