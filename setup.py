@@ -47,8 +47,8 @@ DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 # No -march and no other -m flag: kernels that need AVX2 or AVX-512 carry function target attributes.
 OPTIMISE = ["-O0", "-g"] if os.environ.get("INPAINT_DEBUG") == "1" else ["-O3"]
 CXX_FLAGS = ["-std=c++17", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-# More flags for one source. hog: a fused multiply-add would break ties between bins, and square roots are vectorised only
-# where errno need not be set.
+# More flags for one source. hog: a fused multiply-add would break ties between bins, and square roots are vectorised
+# only where errno need not be set.
 FILE_FLAGS = {"csrc/cpu/hog.cpp": ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]}
 # nvcc's messages are kept beside the object, and shown without ptxas's report, which benches/evidence.py reads there.
 KEEP_RESOURCE_REPORT = (

@@ -42,21 +42,80 @@ INPAINT_INLINE typename A::Row row_value(Element element, bool transform_sqrt) {
   }
 }
 
+// Piece of an image row: pixel x of channel c is from[c * channel_stride + x * column_stride], and goes to
+// to[c * to_stride + x].
+struct Piece {
+  int64_t channels, channel_stride, column_stride, to_stride, count;
+  bool transform_sqrt;
+};
+
 template <class A, class Element>
-INPAINT_INLINE void copy_pixels_body(typename A::Row* __restrict to, const Element* __restrict from, int64_t stride,
-                                     int64_t count, bool transform_sqrt) {
-  if constexpr (std::is_same_v<Element, HalfBits> || std::is_same_v<Element, BFloatBits>) {
-    for (int64_t i = 0; i < count; ++i) to[i] = load_one<float>(from + i * stride);
-    if (transform_sqrt)
-      for (int64_t i = 0; i < count; ++i) to[i] = std::sqrt(to[i]);
-  } else if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i], transform_sqrt);
-  } else if (stride == 3) {
-    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[3 * i], transform_sqrt);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i * stride], transform_sqrt);
+INPAINT_INLINE void copy_pixels_body(typename A::Row* __restrict to, const Element* __restrict from,
+                                     const Piece& piece) {
+  const int64_t count = piece.count, stride = piece.column_stride;
+  const bool root = piece.transform_sqrt;
+  if constexpr (!std::is_same_v<Element, HalfBits> && !std::is_same_v<Element, BFloatBits>) {
+    if (piece.channels == 3 && piece.channel_stride == 1 && stride == 3) {  // interleaved colours
+      typename A::Row* __restrict second = to + piece.to_stride, * __restrict third = second + piece.to_stride;
+      for (int64_t i = 0; i < count; ++i) {
+        to[i] = row_value<A>(from[3 * i], root);
+        second[i] = row_value<A>(from[3 * i + 1], root);
+        third[i] = row_value<A>(from[3 * i + 2], root);
+      }
+      return;
+    }
+  }
+  for (int64_t channel = 0; channel < piece.channels; ++channel, to += piece.to_stride, from += piece.channel_stride) {
+    if constexpr (std::is_same_v<Element, HalfBits> || std::is_same_v<Element, BFloatBits>) {
+      int64_t i = 0;
+      for (; stride == 1 && i + kChunk <= count; i += kChunk) store(to + i, load_chunk<float>(from + i));
+      for (; i < count; ++i) to[i] = load_one<float>(from + i * stride);
+      for (i = 0; root && i < count; ++i) to[i] = std::sqrt(to[i]);
+    } else if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i], root);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i * stride], root);
+    }
   }
 }
+
+#define INPAINT_HOG_COPY(A, Element)                                                     \
+  INPAINT_CLONES void copy_pixels(A::Row* to, const Element* from, const Piece& piece) { \
+    copy_pixels_body<A>(to, from, piece);                                                \
+  }
+INPAINT_HOG_COPY(EightBit, uint8_t)
+INPAINT_HOG_COPY(EightBit, int8_t)
+INPAINT_HOG_COPY(SixteenBit, int16_t)
+INPAINT_HOG_COPY(SixteenBit, uint16_t)
+INPAINT_HOG_COPY(Single, float)
+INPAINT_HOG_COPY(Single, HalfBits)
+INPAINT_HOG_COPY(Single, BFloatBits)
+INPAINT_HOG_COPY(Wide, uint8_t)
+INPAINT_HOG_COPY(Wide, int8_t)
+INPAINT_HOG_COPY(Wide, int16_t)
+INPAINT_HOG_COPY(Wide, uint16_t)
+INPAINT_HOG_COPY(Wide, int32_t)
+INPAINT_HOG_COPY(Wide, uint32_t)
+INPAINT_HOG_COPY(Wide, int64_t)
+INPAINT_HOG_COPY(Wide, uint64_t)
+INPAINT_HOG_COPY(Wide, double)
+
+// The image as one arithmetic reads it: in place, or through `copy`.
+template <class A>
+struct Source {
+  const char* image;
+  int64_t element_size;
+  void (*copy)(typename A::Row* to, const void* from, const Piece& piece);
+
+  template <class Element>
+  static Source of(const Element* image, bool in_place) {
+    const auto copy = [](typename A::Row* to, const void* from, const Piece& piece) {
+      copy_pixels(to, static_cast<const Element*>(from), piece);
+    };
+    return {reinterpret_cast<const char*>(image), sizeof(Element), in_place ? nullptr : +copy};
+  }
+  const char* at(int64_t offset) const { return image + offset * element_size; }
+};
 
 // ---- A row of cells ----------------------------------------------------------------------------------------------
 
@@ -65,49 +124,46 @@ template <class A>
 struct Scratch {
   typedef typename A::T T;
   typedef typename A::Row Row;
-  static constexpr int64_t kArrays = 6;  // of a row: two gradients with their squares
+  static constexpr int64_t kArrays = 4;  // of a row: two gradients
 
   int64_t cells_together, stride;  // stride: padded pixels of a row
-  bool direct;                     // rows are read where they are
   int64_t row_stride;              // of copied rows, which have a pixel more on either side
   Buffer<T> magnitude, gradients;
   Buffer<LaneInt<T>> bins, verdict;
   Buffer<Row> rows;
 
-  Scratch() = default;
-  Scratch(const Job& job, bool read_in_place)
+  Scratch(const Job& job, bool in_place)
       : cells_together(std::clamp<int64_t>(kPixelsTogether / (job.cell_rows * job.cell_columns), 1, job.cells_across)),
-        stride(round_up(cells_together * job.cell_columns, kChunk) + kChunk),
-        direct(read_in_place),
+        stride(round_up(cells_together * job.cell_columns, kPack<T>) + kPack<T>),
         row_stride(round_up(stride + 2, kAlignment)),
         magnitude(job.cell_rows * stride),
         gradients(kArrays * stride),
         bins(job.cell_rows * stride),
         verdict(stride),
-        rows(direct ? 0 : (job.cell_rows + 2) * job.channels * row_stride) {}
+        rows(in_place ? 0 : (job.cell_rows + 2) * job.channels * row_stride) {}
 };
 
-// Writes the votes of one image row, pixels [left, left + count): rows are at(channel, y) + x.
-template <class A, class RowAt>
-INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const RowAt& at, int64_t y,
-                         int64_t left, int64_t count, typename A::T* __restrict magnitude,
-                         LaneInt<typename A::T>* bins) {
+// Writes the votes of pixels [left, left + count) of image row y, which starts at `row`.
+template <class A>
+INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const typename A::Row* row,
+                         int64_t channel_step, int64_t row_step, int64_t y, int64_t left, int64_t count,
+                         typename A::T* __restrict magnitude, LaneInt<typename A::T>* bins) {
   typedef typename A::T T;
   T* arrays = scratch.gradients.get();
   const int64_t stride = scratch.stride;
   const GradientRow<T> best{arrays, arrays + stride, magnitude};
-  const GradientRow<T> other{arrays + 3 * stride, arrays + 4 * stride, nullptr};
+  const GradientRow<T> other{arrays + 2 * stride, arrays + 3 * stride, nullptr};
   const bool inside = y > 0 && y + 1 < job.height;
   // At the image's left and right border there is no difference.
   const int64_t begin = left == 0, end = left + count == job.width ? count - 1 : count;
-  for (int64_t channel = 0; channel < job.channels; ++channel) {
+  row += left;
+  for (int64_t channel = 0; channel < job.channels; ++channel, row += channel_step) {
     const GradientRow<T>& now = channel == 0 ? best : other;
     if (inside)
-      subtract<T>(now.down, at(channel, y + 1) + left, at(channel, y - 1) + left, count);
+      subtract<T>(now.down, row + row_step, row - row_step, count);
     else
       std::fill(now.down, now.down + count, T(0));
     now.right[0] = now.right[count - 1] = 0;
-    const auto* row = at(channel, y) + left;
     if (begin < end) subtract<T>(now.right + begin, row + begin + 1, row + begin - 1, end - begin);
     if (channel > 0) {
       keep_longer<A>(best, other, count, scratch.verdict.get());
@@ -121,41 +177,33 @@ INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& 
 }
 
 // Histograms and energies of row `row` of cells of one image.
-template <class A, class Element>
+template <class A>
 INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, Scratch<A>& scratch,
-                                    const Element* image, int64_t row, BlockNorm norm, typename A::T* histograms,
+                                    const Source<A>& source, int64_t row, BlockNorm norm, typename A::T* histograms,
                                     typename A::T* energy) {
   typedef typename A::T T;
   typedef typename A::Row Row;
   const int64_t top = row * job.cell_rows;
+  const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
   for (int64_t first = 0; first < job.cells_across; first += scratch.cells_together) {
     const int64_t cells = std::min(scratch.cells_together, job.cells_across - first);
     const int64_t left = first * job.cell_columns, count = cells * job.cell_columns;
-    const auto vote_rows = [&](const auto& at) INPAINT_INLINE_LAMBDA {
-      for (int64_t y = 0; y < job.cell_rows; ++y)
-        vote<A>(job, borders, scratch, at, top + y, left, count, scratch.magnitude.get() + y * scratch.stride,
-                scratch.bins.get() + y * scratch.stride);
-    };
-    bool in_place = false;
-    if constexpr (std::is_same_v<Row, Element>) {
-      in_place = scratch.direct;
-      if (in_place)
-        vote_rows([&](int64_t channel, int64_t y)
-                      INPAINT_INLINE_LAMBDA { return image + channel * job.channel_stride + y * job.row_stride; });
-    }
-    if (!in_place) {
+    // Pixel x of row y in a channel is start[channel * channel_step + y * row_step + x].
+    const Row* start = reinterpret_cast<const Row*>(source.image);
+    int64_t channel_step = job.channel_stride, row_step = job.row_stride;
+    if (source.copy) {
       const int64_t begin = std::max<int64_t>(left - 1, 0), end = std::min(left + count + 1, job.width);
+      channel_step = scratch.row_stride, row_step = job.channels * channel_step;
+      start = scratch.rows.get() + (1 - top) * row_step + 1 - left;
+      const Piece piece{job.channels, job.channel_stride, job.column_stride,
+                        channel_step, end - begin,        job.transform_sqrt};
       for (int64_t y = std::max<int64_t>(top - 1, 0); y < std::min(top + job.cell_rows + 1, job.height); ++y)
-        for (int64_t channel = 0; channel < job.channels; ++channel)
-          copy_pixels_body<A>(
-              scratch.rows.get() + ((y - top + 1) * job.channels + channel) * scratch.row_stride + begin - left + 1,
-              image + channel * job.channel_stride + y * job.row_stride + begin * job.column_stride, job.column_stride,
-              end - begin, job.transform_sqrt);
-      vote_rows([&](int64_t channel, int64_t y) INPAINT_INLINE_LAMBDA -> const Row* {
-        return scratch.rows.get() + ((y - top + 1) * job.channels + channel) * scratch.row_stride + 1 - left;
-      });
+        source.copy(const_cast<Row*>(start) + y * row_step + begin,
+                    source.at(y * job.row_stride + begin * job.column_stride), piece);
     }
-    const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
+    for (int64_t y = 0; y < job.cell_rows; ++y)
+      vote<A>(job, borders, scratch, start + (top + y) * row_step, channel_step, row_step, top + y, left, count,
+              votes.magnitude + y * votes.stride, votes.bin + y * votes.stride);
     for (int64_t cell = 0; cell < cells; ++cell) {
       T* histogram = histograms + (first + cell) * job.orientations;
       fill_histogram<T>(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations, histogram);
@@ -164,27 +212,16 @@ INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, S
   }
 }
 
-#define INPAINT_HOG_CELLS(A, Element)                                                                                  \
-  INPAINT_CLONES void fill_cells(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const Element* image, \
-                                 int64_t row, BlockNorm norm, typename A::T* histograms, typename A::T* energy) {      \
-    fill_cells_body<A>(job, borders, scratch, image, row, norm, histograms, energy);                                   \
+#define INPAINT_HOG_CELLS(A)                                                                             \
+  INPAINT_CLONES void fill_cells(const Job& job, const Borders<A>& borders, Scratch<A>& scratch,         \
+                                 const Source<A>& source, int64_t row, BlockNorm norm, A::T* histograms, \
+                                 A::T* energy) {                                                         \
+    fill_cells_body<A>(job, borders, scratch, source, row, norm, histograms, energy);                    \
   }
-INPAINT_HOG_CELLS(EightBit, uint8_t)
-INPAINT_HOG_CELLS(EightBit, int8_t)
-INPAINT_HOG_CELLS(SixteenBit, int16_t)
-INPAINT_HOG_CELLS(SixteenBit, uint16_t)
-INPAINT_HOG_CELLS(Single, float)
-INPAINT_HOG_CELLS(Single, HalfBits)
-INPAINT_HOG_CELLS(Single, BFloatBits)
-INPAINT_HOG_CELLS(Wide, uint8_t)
-INPAINT_HOG_CELLS(Wide, int8_t)
-INPAINT_HOG_CELLS(Wide, int16_t)
-INPAINT_HOG_CELLS(Wide, uint16_t)
-INPAINT_HOG_CELLS(Wide, int32_t)
-INPAINT_HOG_CELLS(Wide, uint32_t)
-INPAINT_HOG_CELLS(Wide, int64_t)
-INPAINT_HOG_CELLS(Wide, uint64_t)
-INPAINT_HOG_CELLS(Wide, double)
+INPAINT_HOG_CELLS(EightBit)
+INPAINT_HOG_CELLS(SixteenBit)
+INPAINT_HOG_CELLS(Single)
+INPAINT_HOG_CELLS(Wide)
 
 INPAINT_CLONES void fill_blocks(const BlockShape& shape, const float* histograms, const float* energy, float* to) {
   normalise_blocks(shape, histograms, energy, to);
@@ -210,12 +247,12 @@ void run(const Job& job, const Element* images, BlockShape shape, const bool* ma
          Out* picture) {
   typedef typename A::T T;
   const Borders<A> borders(job.orientations);
-  bool direct = std::is_same_v<typename A::Row, Element> && job.column_stride == 1 && !job.transform_sqrt;
-  std::vector<Scratch<A>> scratch(worker_count());
-  for (Scratch<A>& one : scratch) one = Scratch<A>(job, direct);
+  const bool in_place = std::is_same_v<typename A::Row, Element> && job.column_stride == 1 && !job.transform_sqrt;
+  std::vector<Scratch<A>> scratch;
+  for (int64_t worker = 0; worker < worker_count(); ++worker) scratch.emplace_back(job, in_place);
   const int64_t rows = job.batch * job.cells_down, row_length = job.cells_across * job.orientations;
   // Histograms are the features, or, padded, between the phases; of another type than these, of one row only.
-  Buffer<Out> kept(cells ? 0 : rows * row_length + kChunk);
+  Buffer<Out> kept(cells ? 0 : rows * row_length + kPack<Out>);
   Buffer<Out> energy(blocks ? rows * job.cells_across : 0);
   Out* const histograms = cells ? cells : kept.get();
   Buffer<T> narrowed(std::is_same_v<T, Out> ? 0 : worker_count() * row_length);
@@ -228,14 +265,14 @@ void run(const Job& job, const Element* images, BlockShape shape, const bool* ma
     const int64_t sample = i / job.cells_down, row = i % job.cells_down;
     const Out* own = histograms + i * row_length;
     if (phase == 0) {
-      const Element* image = images + sample * job.batch_stride;
+      const auto source = Source<A>::of(images + sample * job.batch_stride, in_place);
       Out* to = histograms + i * row_length;
       Out* energies = blocks ? energy.get() + i * job.cells_across : nullptr;
       if constexpr (std::is_same_v<T, Out>) {
-        fill_cells(job, borders, scratch[worker], image, row, shape.norm, to, energies);
+        fill_cells(job, borders, scratch[worker], source, row, shape.norm, to, energies);
       } else {
         T* wide = narrowed.get() + worker * row_length;
-        fill_cells(job, borders, scratch[worker], image, row, shape.norm, wide, static_cast<T*>(nullptr));
+        fill_cells(job, borders, scratch[worker], source, row, shape.norm, wide, static_cast<T*>(nullptr));
         for (int64_t k = 0; k < row_length; ++k) to[k] = static_cast<Out>(wide[k]);
         for (int64_t cell = 0; energies && cell < job.cells_across; ++cell)
           energies[cell] = energy_of(to + cell * job.orientations, job.orientations, shape.norm);

@@ -8,6 +8,15 @@
 
 namespace inpaint {
 
+// Vectors of 32 bytes: GCC splits longer ones through memory where the registers are no longer (measured with AVX2:
+// double images took 15 times as long with 64).
+template <class T>
+constexpr int kPack = 32 / sizeof(T);
+template <class T>
+using Pack = typename VectorOf<T, 32>::type;
+template <class T>
+using PackMask = typename VectorOf<LaneInt<T>, 32>::type;
+
 // ---- Arithmetic --------------------------------------------------------------------------------------------------
 // What differences are computed in, and how close numbers are compared. Row is what the rows of an image are read from.
 
@@ -101,44 +110,57 @@ struct Borders {
 };
 
 template <class T>
-INPAINT_INLINE Chunk<T> absolute(Chunk<T> v) {
-  return v < T(0) ? -v : v;
+INPAINT_INLINE Pack<T> absolute(Pack<T> v) {
+  return (Pack<T>)((PackMask<T>)v & std::numeric_limits<LaneInt<T>>::max());
 }
 
-// bins[i] of the gradients (down[i], right[i]) for i in [0, count); arrays are padded to whole chunks.
+template <class T>
+INPAINT_INLINE bool any(PackMask<T> mask) {
+  LaneInt<T> some = 0;
+  for (int lane = 0; lane < kPack<T>; ++lane) some |= mask[lane];
+  return some != 0;
+}
+
+// bins[i] of the gradients (down[i], right[i]) for i in [0, count); arrays are padded to whole packs.
 template <class A>
 INPAINT_INLINE void find_bins(const Borders<A>& borders, const typename A::T* down, const typename A::T* right,
                               int64_t count, LaneInt<typename A::T>* bins) {
   typedef typename A::T T;
-  typedef ChunkMask<T> Mask;
+  typedef PackMask<T> Mask;
   constexpr LaneInt<T> kAskScalar = -2;
   const int64_t slopes = static_cast<int64_t>(borders.low.size());
   const T *low = borders.low.data(), *high = borders.high.data();
   const LaneInt<T> last = static_cast<LaneInt<T>>(borders.orientations - 1);
-  const Mask diagonal = Mask{} - borders.diagonal, vertical = Mask{} - borders.vertical;
   Mask unsure_seen = {};
-  for (int64_t i = 0; i < count; i += kChunk) {
-    const Chunk<T> y = load<Chunk<T>>(down + i), x = load<Chunk<T>>(right + i);
-    const Chunk<T> rise = absolute<T>(y), run = absolute<T>(x);
+  for (int64_t i = 0; i < count; i += kPack<T>) {
+    const Pack<T> y = load<Pack<T>>(down + i), x = load<Pack<T>>(right + i);
+    const Pack<T> rise = absolute<T>(y), run = absolute<T>(x);
     Mask passed = {}, passed_high = {};  // minus the number of borders
+#pragma GCC unroll 4
     for (int64_t k = 0; k < slopes; ++k) {
       passed += rise >= run * low[k];
       if constexpr (!A::kExact) passed_high += rise >= run * high[k];
     }
-    Mask unsure = {};
-    if constexpr (!A::kExact) {
+    Mask unsure = {}, turned = {};
+    if constexpr (A::kExact) {
+      turned = x * y < T(0);
+    } else {
+      turned = (((Mask)x ^ (Mask)y) < 0) & (rise > T(0)) & (run > T(0));
       unsure = (passed != passed_high) | ((rise > T(0)) & (rise < run * T(kTiny))) |
                ((run > T(0)) & (run < rise * T(kTiny)));
     }
-    if constexpr (sizeof(T) == 8) {  // float differences are on the diagonal or far from it
-      const Chunk<T> off = absolute<T>(rise - run);
-      unsure |= diagonal & (off > T(0)) & (off < run * kUnsure<T>);
+    Mask left_bin = last + passed;
+    if (borders.diagonal) {
+      // On it: the upper bin, which is the first one here, but for its mirror image the second.
+      left_bin += rise > run;
+      passed += rise >= run;
+      if constexpr (sizeof(T) == 8) {  // float differences are on it or far from it
+        const Pack<T> off = absolute<T>(rise - run);
+        unsure |= (off > T(0)) & (off < run * kUnsure<T>);
+      }
     }
-    // On the diagonal: the upper bin, which is the first one here, but for its mirror image the second.
-    const Mask right_bin = -(passed + (diagonal & (rise >= run)) + (vertical & (run == T(0))));
-    const Mask left_bin = last + passed + (diagonal & (rise > run));
-    const Mask turned = ((x < T(0)) ^ (y < T(0))) & (rise > T(0)) & (run > T(0));
-    Mask bin = turned ? left_bin : right_bin;
+    if (borders.vertical) passed += run == T(0);
+    Mask bin = turned ? left_bin : -passed;
     if constexpr (!A::kExact) {
       bin = unsure ? Mask{} + kAskScalar : bin;
       unsure_seen |= unsure;
@@ -146,9 +168,8 @@ INPAINT_INLINE void find_bins(const Borders<A>& borders, const typename A::T* do
     store(bins + i, bin);
   }
   if constexpr (!A::kExact) {
-    LaneInt<T> any = 0;
-    for (int lane = 0; lane < kChunk; ++lane) any |= unsure_seen[lane];
-    for (int64_t i = 0; any && i < count; ++i)
+    if (!any<T>(unsure_seen)) return;
+    for (int64_t i = 0; i < count; ++i)
       if (bins[i] == kAskScalar) bins[i] = bin_by_angle(down[i], right[i], borders.orientations);
   }
 }
@@ -172,48 +193,53 @@ struct GradientRow {
   T *down, *right, *square;
 };
 
-// Replaces the gradients in `best` by those in `other` where these are longer. `verdict` is scratch.
+// Replaces the gradients in `best` by those in `other` where these are longer; arrays are padded to whole packs, and
+// `unsure` is scratch.
 template <class A>
 INPAINT_INLINE void keep_longer(const GradientRow<typename A::T>& best, const GradientRow<typename A::T>& other,
-                                int64_t count, LaneInt<typename A::T>* __restrict verdict) {
+                                int64_t count, LaneInt<typename A::T>* unsure) {
   typedef typename A::T T;
-  typedef LaneInt<T> Int;
-  T* __restrict down = best.down, * __restrict right = best.right, * __restrict square = best.square;
-  const T* __restrict y = other.down, * __restrict x = other.right;
-  if constexpr (A::kExact) {
-    for (int64_t i = 0; i < count; ++i) verdict[i] = y[i] * y[i] + x[i] * x[i] > square[i];
-  } else {
-    constexpr T kMargin = 4 * kUnsure<T>;
-    Int unsure_seen = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const T s = y[i] * y[i] + x[i] * x[i], old = square[i];
-      const Int same = (std::fabs(y[i]) == std::fabs(down[i])) & (std::fabs(x[i]) == std::fabs(right[i]));
-      const Int longer = (s > old * (1 + kMargin)) | ((s != s) & (old == old));  // the first NaN counts, as published
-      const Int unsure = (s >= old * (1 - kMargin)) & (longer == 0) & (same == 0);
-      verdict[i] = longer | (unsure << 1);
-      unsure_seen |= unsure;
+  constexpr T kMargin = 4 * kUnsure<T>;
+  PackMask<T> unsure_seen = {};
+  for (int64_t i = 0; i < count; i += kPack<T>) {
+    const Pack<T> y = load<Pack<T>>(other.down + i), x = load<Pack<T>>(other.right + i), s = y * y + x * x;
+    const Pack<T> down = load<Pack<T>>(best.down + i), right = load<Pack<T>>(best.right + i);
+    const Pack<T> old = load<Pack<T>>(best.square + i);
+    PackMask<T> longer = s > old;
+    if constexpr (!A::kExact) {
+      longer = (s > old * (1 + kMargin)) | ((s != s) & (old == old));  // the first NaN counts, as published
+      const PackMask<T> same = (absolute<T>(y) == absolute<T>(down)) & (absolute<T>(x) == absolute<T>(right));
+      const PackMask<T> ask = (s >= old * (1 - kMargin)) & ~longer & ~same;
+      store(unsure + i, ask);
+      unsure_seen |= ask;
     }
-    for (int64_t i = 0; unsure_seen && i < count; ++i)
-      if (verdict[i] == 2) verdict[i] = A::length(y[i], x[i]) > A::length(down[i], right[i]);
+    store(best.down + i, longer ? y : down);
+    store(best.right + i, longer ? x : right);
+    store(best.square + i, longer ? s : old);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const bool take = verdict[i] != 0;
-    const T s = y[i] * y[i] + x[i] * x[i];
-    down[i] = take ? y[i] : down[i];
-    right[i] = take ? x[i] : right[i];
-    square[i] = take ? s : square[i];
+  if constexpr (!A::kExact) {
+    if (!any<T>(unsure_seen)) return;
+    for (int64_t first = 0; first < count; first += kPack<T>) {
+      if (!any<T>(load<PackMask<T>>(unsure + first))) continue;
+      for (int64_t i = first; i < std::min(count, first + kPack<T>); ++i) {
+        const T y = other.down[i], x = other.right[i];
+        if (!unsure[i] || !(A::length(y, x) > A::length(best.down[i], best.right[i]))) continue;
+        best.down[i] = y, best.right[i] = x, best.square[i] = y * y + x * x;
+      }
+    }
   }
 }
 
 // ---- Histograms --------------------------------------------------------------------------------------------------
 
 template <class T>
-INPAINT_INLINE T sum_of_chunk(Chunk<T> v) {
-  typedef typename VectorOf<T, kChunk / 2 * sizeof(T)>::type Half;
+INPAINT_INLINE T sum_of_pack(Pack<T> v) {
+  typedef typename VectorOf<T, 16>::type Half;
   Half halves[2];
   std::memcpy(halves, &v, sizeof v);
   const Half sum = halves[0] + halves[1];
-  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  if constexpr (sizeof(T) == 4) return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  return sum[0] + sum[1];
 }
 
 // Magnitudes and bins of the pixels of a row of cells, [rows][stride].
@@ -224,43 +250,54 @@ struct Votes {
   int64_t stride;
 };
 
-// histogram[k] = the mean over a cell of the magnitudes with bin k. Rows are added by eights, so that a large cell's
-// sum stays accurate.
+// histogram[k] = `share` of the sum of the magnitudes of a cell with bin k, for `bins` bins from `first` on. Rows are
+// added by eights, so that a large cell's sum stays accurate. `whole`: the cell has 8 x 8 pixels.
+template <int bins, bool whole, class T>
+INPAINT_INLINE void fill_bins(const Votes<T>& votes, int64_t left, int64_t rows, int64_t columns, int64_t first,
+                              T share, T* histogram) {
+  typedef LaneInt<T> Int;
+  constexpr int64_t kTogether = 8;
+  Int lanes[kPack<T>];
+  for (int i = 0; i < kPack<T>; ++i) lanes[i] = i;
+  const PackMask<T> lane = load<PackMask<T>>(lanes);
+  Pack<T> sums[bins] = {};
+  for (int64_t top = 0; top < (whole ? kTogether : rows); top += kTogether) {
+    Pack<T> parts[bins] = {};
+    for (int64_t y = top; y < (whole ? kTogether : std::min(rows, top + kTogether)); ++y)
+      for (int64_t x = 0; x < (whole ? 8 : columns); x += kPack<T>) {
+        const int64_t i = y * votes.stride + left + x;
+        PackMask<T> bin = load<PackMask<T>>(votes.bin + i);
+        const PackMask<T> magnitude = load<PackMask<T>>(votes.magnitude + i);
+        if (!whole) bin = lane < static_cast<Int>(columns - x) ? bin : PackMask<T>{} - 1;
+#pragma GCC unroll 16
+        for (int k = 0; k < bins; ++k) parts[k] += (Pack<T>)(magnitude & (bin == static_cast<Int>(first + k)));
+      }
+    for (int k = 0; k < bins; ++k) sums[k] += parts[k];
+  }
+  for (int k = 0; k < bins; ++k) histogram[first + k] = sum_of_pack<T>(sums[k]) * share;
+}
+
+template <bool whole, class T>
+INPAINT_INLINE void fill_histogram_body(const Votes<T>& votes, int64_t left, int64_t rows, int64_t columns,
+                                        int64_t orientations, T* histogram) {
+  const T share = T(1) / static_cast<T>(rows * columns);
+  int64_t first = 0;
+  // As many sums as fit into 16 registers with their operands.
+  for (; orientations % 9 == 0 && first < orientations; first += 9)
+    fill_bins<9, whole>(votes, left, rows, columns, first, share, histogram);
+  for (; first + 4 <= orientations; first += 4)
+    fill_bins<4, whole>(votes, left, rows, columns, first, share, histogram);
+  for (; first < orientations; ++first) fill_bins<1, whole>(votes, left, rows, columns, first, share, histogram);
+}
+
+// The histogram of a cell whose first pixel is `left`: the mean of the magnitudes in each bin.
 template <class T>
 INPAINT_INLINE void fill_histogram(const Votes<T>& votes, int64_t left, int64_t rows, int64_t columns,
                                    int64_t orientations, T* histogram) {
-  constexpr int64_t kTogether = 8;
-  const T area = static_cast<T>(rows * columns);
-  if (rows == kTogether && columns == kChunk) {
-    for (int64_t k = 0; k < orientations; ++k) {
-      Chunk<T> sum = {};
-      for (int64_t y = 0; y < kTogether; ++y) {
-        const int64_t i = y * votes.stride + left;
-        const ChunkMask<T> here = load<ChunkMask<T>>(votes.bin + i) == static_cast<LaneInt<T>>(k);
-        sum += (Chunk<T>)(here & load<ChunkMask<T>>(votes.magnitude + i));
-      }
-      histogram[k] = sum_of_chunk<T>(sum) / area;
-    }
-    return;
-  }
-  LaneInt<T> lanes[kChunk];
-  for (int lane = 0; lane < kChunk; ++lane) lanes[lane] = lane;
-  const ChunkMask<T> lane = load<ChunkMask<T>>(lanes);
-  for (int64_t k = 0; k < orientations; ++k) {
-    Chunk<T> sum = {};
-    for (int64_t top = 0; top < rows; top += kTogether) {
-      Chunk<T> part = {};
-      for (int64_t y = top; y < std::min(rows, top + kTogether); ++y)
-        for (int64_t x = 0; x < columns; x += kChunk) {
-          const int64_t i = y * votes.stride + left + x;
-          const ChunkMask<T> here = (load<ChunkMask<T>>(votes.bin + i) == static_cast<LaneInt<T>>(k)) &
-                                    (lane < static_cast<LaneInt<T>>(columns - x));
-          part += (Chunk<T>)(here & load<ChunkMask<T>>(votes.magnitude + i));
-        }
-      sum += part;
-    }
-    histogram[k] = sum_of_chunk<T>(sum) / area;
-  }
+  if (rows == 8 && columns == 8)
+    fill_histogram_body<true>(votes, left, rows, columns, orientations, histogram);
+  else
+    fill_histogram_body<false>(votes, left, rows, columns, orientations, histogram);
 }
 
 // ---- Blocks ------------------------------------------------------------------------------------------------------
@@ -285,7 +322,7 @@ INPAINT_INLINE T energy_of(const T* histogram, int64_t orientations, BlockNorm n
 }
 
 // One row of blocks [blocks across][rows][columns][orientations], of histograms [rows][cells across][orientations] and
-// the cells' energies. Histograms are padded by a chunk.
+// the cells' energies. Histograms are padded by a pack.
 template <class T>
 INPAINT_INLINE void normalise_blocks(const BlockShape& shape, const T* histograms, const T* energy, T* to) {
   const T eps = static_cast<T>(kBlockEps);
@@ -293,37 +330,37 @@ INPAINT_INLINE void normalise_blocks(const BlockShape& shape, const T* histogram
   const bool hys = shape.norm == BlockNorm::l2_hys, square = hys || shape.norm == BlockNorm::l2;
   const T most = hys ? T(0.2) : std::numeric_limits<T>::infinity();
   const T* end = to + shape.blocks_across * length;
-  LaneInt<T> lanes[kChunk];
-  for (int lane = 0; lane < kChunk; ++lane) lanes[lane] = lane;
-  const int64_t whole = width / kChunk * kChunk;
-  const ChunkMask<T> inside = load<ChunkMask<T>>(lanes) < static_cast<LaneInt<T>>(width - whole);
+  LaneInt<T> lanes[kPack<T>];
+  for (int lane = 0; lane < kPack<T>; ++lane) lanes[lane] = lane;
+  const int64_t whole = width / kPack<T> * kPack<T>;
+  const PackMask<T> inside = load<PackMask<T>>(lanes) < static_cast<LaneInt<T>>(width - whole);
   for (int64_t block = 0; block < shape.blocks_across; ++block, to += length) {
     T norm = 0;
     for (int64_t y = 0; y < shape.rows; ++y)
       for (int64_t x = 0; x < shape.columns; ++x) norm += energy[y * shape.cells_across + block + x];
     const T scale = T(1) / (square ? std::sqrt(norm + eps * eps) : norm + eps);
-    Chunk<T> squares = {};
+    Pack<T> squares = {};
     for (int64_t y = 0; y < shape.rows; ++y) {
       const T* from = histograms + (y * shape.cells_across + block) * shape.orientations;
       T* row = to + y * width;
-      for (int64_t i = 0; i < whole; i += kChunk) {
-        Chunk<T> v = load<Chunk<T>>(from + i) * scale;
-        v = v > most ? Chunk<T>{} + most : v;
+      for (int64_t i = 0; i < whole; i += kPack<T>) {
+        Pack<T> v = load<Pack<T>>(from + i) * scale;
+        v = v > most ? Pack<T>{} + most : v;
         squares += v * v;
         store(row + i, v);
       }
       if (whole == width) continue;
-      Chunk<T> v = load<Chunk<T>>(from + whole) * scale;
-      v = (Chunk<T>)((ChunkMask<T>)(v > most ? Chunk<T>{} + most : v) & inside);
+      Pack<T> v = load<Pack<T>>(from + whole) * scale;
+      v = (Pack<T>)((PackMask<T>)(v > most ? Pack<T>{} + most : v) & inside);
       squares += v * v;
       // What is written too much is written again, but at the end of the row.
-      if (row + whole + kChunk <= end)
+      if (row + whole + kPack<T> <= end)
         store(row + whole, v);
       else
         for (int64_t i = whole; i < width; ++i) row[i] = v[i - whole];
     }
     if (hys) {
-      const T again = T(1) / std::sqrt(sum_of_chunk<T>(squares) + eps * eps);
+      const T again = T(1) / std::sqrt(sum_of_pack<T>(squares) + eps * eps);
       for (int64_t i = 0; i < length; ++i) to[i] *= again;
     } else if (shape.norm == BlockNorm::l1_sqrt) {
       for (int64_t i = 0; i < length; ++i) to[i] = std::sqrt(to[i]);
@@ -336,13 +373,13 @@ INPAINT_INLINE void normalise_blocks(const BlockShape& shape, const T* histogram
 // For each row of a cell, the bins whose lines go through it, with their pixels.
 template <class T>
 struct Lines {
-  int64_t rows, columns, padded;   // columns, padded to whole chunks
+  int64_t rows, columns, padded;   // columns, padded to whole packs
   std::vector<int64_t> first;      // of each row's entries, and the end
   std::vector<int64_t> bin;        // of each entry
   std::vector<LaneInt<T>> pixels;  // of each entry: [padded], -1 on the line
 
   Lines(const bool* masks, int64_t orientations, int64_t rows, int64_t columns)
-      : rows(rows), columns(columns), padded(ceil_div(columns, kChunk) * kChunk) {
+      : rows(rows), columns(columns), padded(ceil_div(columns, kPack<T>) * kPack<T>) {
     for (int64_t y = 0; y < rows; ++y) {
       first.push_back(static_cast<int64_t>(bin.size()));
       for (int64_t k = 0; k < orientations; ++k) {
@@ -363,14 +400,14 @@ INPAINT_INLINE void draw_row(const Lines<T>& lines, int64_t y, const T* histogra
   T* const end = to + width;
   for (int64_t cell = 0; cell < cells; ++cell, to += lines.columns) {
     const T* histogram = histograms + cell * orientations;
-    for (int64_t x = 0; x < lines.columns; x += kChunk) {
-      Chunk<T> sum = {};
+    for (int64_t x = 0; x < lines.columns; x += kPack<T>) {
+      Pack<T> sum = {};
       for (int64_t entry = lines.first[y]; entry < lines.first[y + 1]; ++entry) {
-        const Chunk<T> height = Chunk<T>{} + histogram[lines.bin[entry]];
-        sum += (Chunk<T>)((ChunkMask<T>)height & load<ChunkMask<T>>(&lines.pixels[entry * lines.padded + x]));
+        const Pack<T> height = Pack<T>{} + histogram[lines.bin[entry]];
+        sum += (Pack<T>)((PackMask<T>)height & load<PackMask<T>>(&lines.pixels[entry * lines.padded + x]));
       }
       // What is written too much is written again by the next cell.
-      if (to + x + kChunk <= end)
+      if (to + x + kPack<T> <= end)
         store(to + x, sum);
       else
         for (int64_t i = 0; to + x + i < end; ++i) to[x + i] = sum[i];
