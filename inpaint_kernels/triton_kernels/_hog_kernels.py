@@ -223,7 +223,7 @@ def hog_cells_kernel(
     sample = program // programs // rows
     image = images + sample * stride_sample
     totals: tl.tuple = ()
-    for _ in tl.static_range(BINS):
+    for _bin in tl.static_range(BINS):
         totals = totals + (tl.zeros([BLOCK_CELLS, BLOCK_COLUMNS], cells.dtype.element_ty),)
     for left_column in range(0, CELL_COLUMNS, BLOCK_COLUMNS):
         # Threads without a pixel repeat one: their totals are left out, or their magnitudes.
@@ -242,12 +242,12 @@ def hog_cells_kernel(
             else:
                 length = _length(down_by, right_by, ARITHMETIC)
             if UNROLLED:
-                for _ in tl.static_range(1, CHANNELS):
+                for _unrolled in tl.static_range(1, CHANNELS):
                     row += stride_channel
                     other_down, other_right = _gradient(row, step, here, left, right, ARITHMETIC, SQRT)
                     length, down_by, right_by = _longer(length, down_by, right_by, other_down, other_right, ARITHMETIC)
             else:
-                for _ in range(1, CHANNELS):
+                for _channel in range(1, CHANNELS):
                     row += stride_channel
                     other_down, other_right = _gradient(row, step, here, left, right, ARITHMETIC, SQRT)
                     length, down_by, right_by = _longer(length, down_by, right_by, other_down, other_right, ARITHMETIC)
