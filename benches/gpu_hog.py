@@ -1,6 +1,6 @@
 """Histograms of oriented gradients at the sizes of a GPU: ours, portable, a plain port, the same compiled, and a copy.
 
-The cases of bench_hog.py, and batches. What the CPU takes to launch our two kernels is a large part of a call: the same
+Cases like those of bench_hog.py. What the CPU takes to launch our two kernels is a large part of a call: the same
 call also takes part as a CUDA graph, which the GPU runs on its own. The copy moves as many bytes as an image and its
 features have.
 """
@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import torch
 
-from benches.bench_hog import (
+from benches.harness import Outputs, Provider
+from benches.hog_case import (
     BLOCK,
     CELL,
     COMPILED,
@@ -27,7 +28,6 @@ from benches.bench_hog import (
     runner,
     written_values,
 )
-from benches.harness import Outputs, Provider
 
 GRAPH: Final = "ours in a CUDA graph"
 
