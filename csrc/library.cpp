@@ -78,7 +78,7 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "partial_conv2d(Tensor x, Tensor mask, Tensor segments, Tensor weight, Tensor? bias, int stride_y, int stride_x, "
       "int pad_top, int pad_left, int dilation_y, int dilation_x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
 
-  // csrc/cpu/hog: lines [n, cell rows, cell columns] bool -> features, and the picture or an empty tensor.
+  // csrc/cpu/hog: lines [ky, kx, n, cell rows, cell columns] bool -> features, and the picture or an empty tensor.
   m.def(
       "hog(Tensor images, Tensor? lines, int orientations, int cell_rows, int cell_columns, int block_rows, "
       "int block_columns, str block_norm, bool transform_sqrt, bool cells) -> (Tensor features, Tensor picture)");

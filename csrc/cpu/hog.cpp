@@ -230,20 +230,27 @@ INPAINT_CLONES void fill_blocks(const BlockShape& shape, const double* histogram
   normalise_blocks(shape, histograms, energy, to);
 }
 
-INPAINT_CLONES void draw(const Lines<float>& lines, int64_t y, const float* histograms, int64_t cells,
+INPAINT_CLONES void draw(const Lines<float>* lines, int64_t kinds, int64_t y, const float* histograms, int64_t cells,
                          int64_t orientations, float* to, int64_t width) {
-  draw_row(lines, y, histograms, cells, orientations, to, width);
+  draw_row(lines, kinds, y, histograms, cells, orientations, to, width);
 }
-INPAINT_CLONES void draw(const Lines<double>& lines, int64_t y, const double* histograms, int64_t cells,
+INPAINT_CLONES void draw(const Lines<double>* lines, int64_t kinds, int64_t y, const double* histograms, int64_t cells,
                          int64_t orientations, double* to, int64_t width) {
-  draw_row(lines, y, histograms, cells, orientations, to, width);
+  draw_row(lines, kinds, y, histograms, cells, orientations, to, width);
 }
 
 // ---- The call ----------------------------------------------------------------------------------------------------
 
+// Lines of the picture, [down][across][orientations][cell rows][cell columns]: cell (r, c) has those of
+// (min(r, down - 1), min(c, across - 1)).
+struct LineMasks {
+  const bool* pixels;
+  int64_t down, across;
+};
+
 // Out is the type of the features: float, or double for double images.
 template <class A, class Element, class Out>
-void run(const Job& job, const Element* images, BlockShape shape, const bool* masks, Out* cells, Out* blocks,
+void run(const Job& job, const Element* images, BlockShape shape, const LineMasks& masks, Out* cells, Out* blocks,
          Out* picture) {
   typedef typename A::T T;
   const Borders<A> borders(job.orientations);
@@ -256,8 +263,10 @@ void run(const Job& job, const Element* images, BlockShape shape, const bool* ma
   Buffer<Out> energy(blocks ? rows * job.cells_across : 0);
   Out* const histograms = cells ? cells : kept.get();
   Buffer<T> narrowed(std::is_same_v<T, Out> ? 0 : worker_count() * row_length);
-  std::optional<Lines<Out>> lines;
-  if (picture) lines.emplace(masks, job.orientations, job.cell_rows, job.cell_columns);
+  std::vector<Lines<Out>> lines;
+  const int64_t mask_size = job.orientations * job.cell_rows * job.cell_columns;
+  for (int64_t kind = 0; picture && kind < masks.down * masks.across; ++kind)
+    lines.emplace_back(masks.pixels + kind * mask_size, job.orientations, job.cell_rows, job.cell_columns);
   const int64_t blocks_down = job.cells_down - shape.rows + 1;
   const int64_t block_row = shape.blocks_across * shape.rows * shape.columns * job.orientations;
   const int64_t work = job.cell_rows * job.width * (job.channels + 8);
@@ -284,7 +293,8 @@ void run(const Job& job, const Element* images, BlockShape shape, const bool* ma
     if (!picture) return;
     Out* to = picture + (sample * job.height + row * job.cell_rows) * job.width;
     for (int64_t y = 0; y < job.cell_rows; ++y, to += job.width)
-      draw(*lines, y, own, job.cells_across, job.orientations, to, job.width);
+      draw(lines.data() + std::min(row, masks.down - 1) * masks.across, masks.across, y, own, job.cells_across,
+           job.orientations, to, job.width);
     if (row + 1 == job.cells_down) std::fill(to, picture + (sample + 1) * job.height * job.width, Out(0));
   });
 }
@@ -336,7 +346,7 @@ BlockNorm block_norm_of(const std::string& name) {
 }
 
 // images [B, C, H, W] -> cells [B, cells y, cells x, n] or blocks [B, blocks y, blocks x, block rows, block columns,
-// n], and with lines [n, cell rows, cell columns] bool the picture [B, H, W].
+// n], and with lines [ky, kx, n, cell rows, cell columns] bool the picture [B, H, W].
 std::tuple<Tensor, Tensor> hog(const Tensor& images, const std::optional<Tensor>& lines, int64_t orientations,
                                int64_t cell_rows, int64_t cell_columns, int64_t block_rows, int64_t block_columns,
                                const std::string& block_norm, bool transform_sqrt, bool cells) {
@@ -349,10 +359,10 @@ std::tuple<Tensor, Tensor> hog(const Tensor& images, const std::optional<Tensor>
   STD_TORCH_CHECK(channels >= 1 && down >= 1 && across >= 1 && (cells || (blocks_down >= 1 && blocks_across >= 1)),
                   "images: expected at least one channel and one block");
   if (lines) {
-    check_dense(*lines, "lines", 3);
-    STD_TORCH_CHECK(lines->scalar_type() == ScalarType::Bool && lines->size(0) == orientations &&
-                        lines->size(1) == cell_rows && lines->size(2) == cell_columns,
-                    "lines: expected [orientations, cell rows, cell columns] bool");
+    check_dense(*lines, "lines", 5);
+    STD_TORCH_CHECK(lines->scalar_type() == ScalarType::Bool && lines->size(0) >= 1 && lines->size(1) >= 1 &&
+                        lines->size(2) == orientations && lines->size(3) == cell_rows && lines->size(4) == cell_columns,
+                    "lines: expected [ky, kx, orientations, cell rows, cell columns] bool");
   }
   const Job job{
       batch,     channels,     height, width,  images.stride(0), images.stride(1), images.stride(2), images.stride(3),
@@ -365,14 +375,15 @@ std::tuple<Tensor, Tensor> hog(const Tensor& images, const std::optional<Tensor>
                   images, {batch, blocks_down, blocks_across, block_rows, block_columns, orientations}, type);
   Tensor picture = lines ? torch::stable::new_empty(images, {batch, height, width}, type)
                          : torch::stable::new_empty(images, {0}, type);
+  LineMasks masks{};
+  if (lines) masks = {static_cast<const bool*>(lines->const_data_ptr()), lines->size(0), lines->size(1)};
   if (batch == 0) return {features, picture};
   dispatch_image(images.scalar_type(), transform_sqrt, [&](auto arithmetic, auto element, auto out) {
     using A = decltype(arithmetic);
     using Element = decltype(element);
     using Out = decltype(out);
     Out* to = static_cast<Out*>(features.mutable_data_ptr());
-    run<A, Element, Out>(job, static_cast<const Element*>(images.const_data_ptr()), shape,
-                         lines ? static_cast<const bool*>(lines->const_data_ptr()) : nullptr, cells ? to : nullptr,
+    run<A, Element, Out>(job, static_cast<const Element*>(images.const_data_ptr()), shape, masks, cells ? to : nullptr,
                          cells ? nullptr : to, lines ? static_cast<Out*>(picture.mutable_data_ptr()) : nullptr);
   });
   return {features, picture};

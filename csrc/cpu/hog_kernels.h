@@ -20,23 +20,26 @@ using PackMask = typename VectorOf<LaneInt<T>, 32>::type;
 // ---- Arithmetic --------------------------------------------------------------------------------------------------
 // What differences are computed in, and how close numbers are compared. Row is what the rows of an image are read from.
 
-// Squares and products of differences of 8 bits are exact.
+// length() is what channels are compared by, with the rounding of numpy.hypot: of two that are equal the first counts.
+
+// Squares and products of differences of 8 bits are exact. Of lengths only equal ones are rounded to different numbers:
+// the C library's hypot is not correctly rounded.
 struct EightBit {
   typedef uint8_t Row;
   typedef float T;
   static constexpr bool kExact = true;
+  static double length(double down, double right) { return std::hypot(down, right); }
 };
 
-// 16 bits: the differences are exact, the squares in double.
+// 16 bits: the differences are exact.
 struct SixteenBit {
   typedef uint16_t Row;
   typedef float T;
   static constexpr bool kExact = false;
-  static double length(double down, double right) { return down * down + right * right; }
+  static double length(double down, double right) { return std::hypot(down, right); }
 };
 
-// float images. Lengths are compared as float, correctly rounded, as numpy.hypot does: of two channels whose gradients
-// differ by less than that the first counts.
+// float images: numpy.hypot is correctly rounded.
 struct Single {
   typedef float Row;
   typedef float T;
@@ -205,27 +208,28 @@ INPAINT_INLINE void keep_longer(const GradientRow<typename A::T>& best, const Gr
     const Pack<T> y = load<Pack<T>>(other.down + i), x = load<Pack<T>>(other.right + i), s = y * y + x * x;
     const Pack<T> down = load<Pack<T>>(best.down + i), right = load<Pack<T>>(best.right + i);
     const Pack<T> old = load<Pack<T>>(best.square + i);
-    PackMask<T> longer = s > old;
-    if constexpr (!A::kExact) {
+    PackMask<T> longer = s > old, ask;
+    if constexpr (A::kExact) {
+      const Pack<T> rise = absolute<T>(y);
+      ask = (s == old) & (rise != absolute<T>(down)) & (rise != absolute<T>(right));
+    } else {
       longer = (s > old * (1 + kMargin)) | ((s != s) & (old == old));  // the first NaN counts, as published
       const PackMask<T> same = (absolute<T>(y) == absolute<T>(down)) & (absolute<T>(x) == absolute<T>(right));
-      const PackMask<T> ask = (s >= old * (1 - kMargin)) & ~longer & ~same;
-      store(unsure + i, ask);
-      unsure_seen |= ask;
+      ask = (s >= old * (1 - kMargin)) & ~longer & ~same;
     }
+    store(unsure + i, ask);
+    unsure_seen |= ask;
     store(best.down + i, longer ? y : down);
     store(best.right + i, longer ? x : right);
     store(best.square + i, longer ? s : old);
   }
-  if constexpr (!A::kExact) {
-    if (!any<T>(unsure_seen)) return;
-    for (int64_t first = 0; first < count; first += kPack<T>) {
-      if (!any<T>(load<PackMask<T>>(unsure + first))) continue;
-      for (int64_t i = first; i < std::min(count, first + kPack<T>); ++i) {
-        const T y = other.down[i], x = other.right[i];
-        if (!unsure[i] || !(A::length(y, x) > A::length(best.down[i], best.right[i]))) continue;
-        best.down[i] = y, best.right[i] = x, best.square[i] = y * y + x * x;
-      }
+  if (!any<T>(unsure_seen)) return;
+  for (int64_t first = 0; first < count; first += kPack<T>) {
+    if (!any<T>(load<PackMask<T>>(unsure + first))) continue;
+    for (int64_t i = first; i < std::min(count, first + kPack<T>); ++i) {
+      const T y = other.down[i], x = other.right[i];
+      if (!unsure[i] || !(A::length(y, x) > A::length(best.down[i], best.right[i]))) continue;
+      best.down[i] = y, best.right[i] = x, best.square[i] = y * y + x * x;
     }
   }
 }
@@ -393,18 +397,20 @@ struct Lines {
   }
 };
 
-// Row y of the cells whose histograms are [cells][orientations], drawn into an image row of `width` pixels.
+// Row y of the cells whose histograms are [cells][orientations], drawn into an image row of `width` pixels: cell c with
+// lines[min(c, kinds - 1)].
 template <class T>
-INPAINT_INLINE void draw_row(const Lines<T>& lines, int64_t y, const T* histograms, int64_t cells, int64_t orientations,
-                             T* to, int64_t width) {
+INPAINT_INLINE void draw_row(const Lines<T>* lines, int64_t kinds, int64_t y, const T* histograms, int64_t cells,
+                             int64_t orientations, T* to, int64_t width) {
   T* const end = to + width;
-  for (int64_t cell = 0; cell < cells; ++cell, to += lines.columns) {
+  for (int64_t cell = 0; cell < cells; ++cell) {
+    const Lines<T>& own = lines[std::min(cell, kinds - 1)];
     const T* histogram = histograms + cell * orientations;
-    for (int64_t x = 0; x < lines.columns; x += kPack<T>) {
+    for (int64_t x = 0; x < own.columns; x += kPack<T>) {
       Pack<T> sum = {};
-      for (int64_t entry = lines.first[y]; entry < lines.first[y + 1]; ++entry) {
-        const Pack<T> height = Pack<T>{} + histogram[lines.bin[entry]];
-        sum += (Pack<T>)((PackMask<T>)height & load<PackMask<T>>(&lines.pixels[entry * lines.padded + x]));
+      for (int64_t entry = own.first[y]; entry < own.first[y + 1]; ++entry) {
+        const Pack<T> height = Pack<T>{} + histogram[own.bin[entry]];
+        sum += (Pack<T>)((PackMask<T>)height & load<PackMask<T>>(&own.pixels[entry * own.padded + x]));
       }
       // What is written too much is written again by the next cell.
       if (to + x + kPack<T> <= end)
@@ -412,6 +418,7 @@ INPAINT_INLINE void draw_row(const Lines<T>& lines, int64_t y, const T* histogra
       else
         for (int64_t i = 0; to + x + i < end; ++i) to[x + i] = sum[i];
     }
+    to += own.columns;
   }
   std::fill(to, end, T(0));
 }

@@ -66,7 +66,70 @@ def hog(
     *,
     backend: str | None = None,
 ) -> Tensor | HogResult:
-    """Histograms of oriented gradients."""
+    """Histograms of oriented gradients (HOG), equal to scikit-image's.
+
+    The five classic stages, and the arguments that decide them:
+
+    1. Global normalisation: ``transform_sqrt``, the square root of every pixel.
+    2. Gradients: differences of the two neighbours in rows and columns, 0 at the image's border. Of several channels
+       the one counts where the magnitude is largest, pixel by pixel; the first of equal ones.
+    3. Cell histograms: ``pixels_per_cell``, ``orientations``. Angles are folded into [0, 180) degrees; bin i holds
+       those from 180 i / n on, without interpolation. A histogram is the mean of the magnitudes over the cell. Pixels
+       on the right and at the bottom that fill no cell are left out.
+    4. Block normalisation: ``cells_per_block``, ``block_norm``. At every cell starts a block, v are the values of its
+       cells, eps is 1e-5::
+
+           L1       v / (sum(v) + eps)
+           L1-sqrt  sqrt(v / (sum(v) + eps))
+           L2       v / sqrt(sum(v^2) + eps^2)
+           L2-Hys   L2, at most 0.2 of each, L2 again
+
+    5. Flattening: ``feature_vector``; ``target="cells"`` stops after stage 3.
+
+    Images are not rescaled: bytes count as 0 ... 255. Differences are rounded as float32 for float16, bfloat16 and
+    float32, are exact for integers of 8 and 16 bits, and float64 for all else; features are sums in float32 (float64
+    for float64). With up to 32 orientations all are within 1e-6 of scikit-image's; see below for the exceptions.
+
+    The gradient with respect to floating images goes through the magnitudes. Which bin and which channel a pixel counts
+    for is piecewise constant, and taken as constant. It is 0 where the image's gradient is 0, and with
+    ``transform_sqrt`` at pixels that are 0.
+
+    Args:
+        images: [B, C, H, W], [C, H, W] or [H, W], bool, any integer or floating dtype, any strides; C is the number of
+            channels, the axis that scikit-image calls ``channel_axis``.
+        orientations: n, number of bins, at least 1.
+        pixels_per_cell: rows and columns of a cell, or one number for both.
+        cells_per_block: rows and columns of a block, in cells, or one number for both.
+        block_norm: "L1", "L1-sqrt", "L2" or "L2-Hys".
+        visualize: also return the picture of the histograms; cells must have at least 2 x 2 pixels.
+        transform_sqrt: take the square root of the images first; they must not be negative.
+        feature_vector: flatten the features of each image.
+        target: "blocks", or "cells" for the histograms before they are normalised.
+        backend: "cpu", "triton", "portable" or "reference"; None: the first that can run
+            (:func:`inpaint_kernels.explain`).
+
+    Returns:
+        Features, float64 for float64 images, else float32: of each image [blocks y, blocks x, block rows, block
+        columns, n] or with ``target="cells"`` [cells y, cells x, n], flattened with ``feature_vector``; with B in front
+        if the images have it. With ``visualize`` a :class:`HogResult`.
+
+    Deviations from scikit-image 0.26:
+
+    * Integer images give float32, not float64 (:func:`inpaint_kernels.drop_in.hog` does give float64).
+    * Sums over large cells are more accurate than its running sum in float32.
+    * Where a cell holds a NaN all of its bins are NaN there, here one is. Its blocks are NaN in both.
+    * The last bit of an arc tangent or a hypotenuse decides some bins of float64 images and of integers with
+      ``transform_sqrt``, and the channel of two integer gradients of equal length. The ``cpu`` kernel takes it from the
+      same C library as numpy does; other backends may decide otherwise.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong rank, size, dtype or value; the message names it.
+        RuntimeError: an explicitly requested backend cannot run; the message says why.
+
+    References:
+        Dalal and Triggs, Histograms of Oriented Gradients for Human Detection, CVPR 2005; scikit-image's
+        ``skimage.feature.hog``, whose deviations from it are kept.
+    """
     problem = _prepare(
         images,
         orientations,
@@ -83,7 +146,7 @@ def hog(
     call: Callable[..., tuple[Tensor, Tensor]] = torch.ops.inpaint_kernels.hog
     if only_computes(batch) and not wants_gradient(batch):
         call = _hog
-    features, image = call(batch, *_arguments(settings), visualize, backend)
+    features, image = call(batch, *settings, visualize, backend)
     if images.dim() < 4:
         features = features.flatten() if feature_vector else features[0]
         image = image[0] if visualize else image
@@ -122,24 +185,40 @@ def _prepare(
     if images.dim() not in (2, 3, 4):
         raise ValueError(f"images: expected shape [B, C, H, W], [C, H, W] or [H, W], got {list(images.shape)}")
     check_dtype("images", images, DTYPES)
-    check_range("orientations", orientations, minimum=1, integer=True)
-    cell = check_pair("pixels_per_cell", pixels_per_cell, 1)
-    block = check_pair("cells_per_block", cells_per_block, 1)
-    check_choice("block_norm", block_norm, BLOCK_NORMS)
-    check_choice("target", target, TARGETS)
-    settings = Settings(orientations, cell, block, block_norm, bool(transform_sqrt), target == "cells")
+    settings = check_settings(
+        orientations, pixels_per_cell, cells_per_block, block_norm, visualize, transform_sqrt, target
+    )
     batch = images if images.dim() == 4 else images[None] if images.dim() == 3 else images[None, None]
     if batch.shape[1] == 0:
         raise ValueError(f"images: expected at least one channel, got shape {list(images.shape)}")
-    height, width = cell if settings.cells else (cell[0] * block[0], cell[1] * block[1])
+    down, right = (1, 1) if settings.cells else settings.block
+    height, width = settings.cell[0] * down, settings.cell[1] * right
     if batch.shape[2] < height or batch.shape[3] < width:
         raise ValueError(
             f"images: expected at least {height} x {width} pixels for these cells and blocks, "
             f"got shape {list(images.shape)}"
         )
+    return _Problem(batch, settings, bool(visualize))
+
+
+def check_settings(
+    orientations: int,
+    pixels_per_cell: int | tuple[int, int],
+    cells_per_block: int | tuple[int, int],
+    block_norm: str,
+    visualize: bool,
+    transform_sqrt: bool,
+    target: str,
+) -> Settings:
+    """The settings of these arguments, or an error."""
+    check_range("orientations", orientations, minimum=1, integer=True)
+    cell = check_pair("pixels_per_cell", pixels_per_cell, 1)
+    block = check_pair("cells_per_block", cells_per_block, 1)
+    check_choice("block_norm", block_norm, BLOCK_NORMS)
+    check_choice("target", target, TARGETS)
     if visualize and min(cell) < 2:
         raise ValueError(f"pixels_per_cell: expected at least 2 x 2 with visualize, got {cell[0]} x {cell[1]}")
-    return _Problem(batch, settings, bool(visualize))
+    return Settings(orientations, cell, block, block_norm, bool(transform_sqrt), target == "cells")
 
 
 # 3. Schema ------------------------------------------------------------------------------------------------------------
@@ -150,11 +229,9 @@ _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
     f"hog(Tensor images, {_SETTINGS_SCHEMA}, bool visualize, str backend) -> (Tensor features, Tensor image)"
 )
-
-
-def _arguments(settings: Settings) -> tuple[Any, ...]:
-    """The settings in the order of the schema."""
-    return tuple(settings)
+_library.define(
+    f"hog_backward(Tensor? grad_features, Tensor? grad_image, Tensor images, {_SETTINGS_SCHEMA}, str backend) -> Tensor"
+)
 
 
 def _settings(orientations: int, cell: Any, block: Any, *others: Any) -> Settings:
@@ -173,6 +250,11 @@ def _fake(images: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return features, images.new_empty(shape, dtype=dtype)
 
 
+@torch.library.register_fake("inpaint_kernels::hog_backward", lib=_library)
+def _fake_backward(grad_features: Tensor | None, grad_image: Tensor | None, images: Tensor, *_: Any) -> Tensor:
+    return images.new_empty(images.shape)
+
+
 # 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +270,13 @@ def _triton_reasons(problem: _Problem) -> list[str]:
         return [f"the tensors are on {problem.images.device}, not on a CUDA device"]
     if not torch.cuda.is_available():  # tensors without memory may claim a device that is not there
         return [f"torch {torch.__version__} sees no CUDA device"]
-    return list(_triton_lacks(problem.images.device))
+    return [*_triton_lacks(problem.images.device), *_triton_refuses(problem.settings)]
+
+
+def _triton_refuses(settings: Settings) -> list[str]:
+    from inpaint_kernels.triton_kernels import hog as triton_kernels
+
+    return triton_kernels.reasons(settings)
 
 
 # A constant for torch.compile, which could not trace the question to the driver.
@@ -252,7 +340,7 @@ def _hog(
     visualize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    settings = Settings(orientations, tuple(cell), tuple(block), block_norm, transform_sqrt, cells)
+    settings = _settings(orientations, cell, block, block_norm, transform_sqrt, cells)
     lines = _lines(orientations, settings.cell, images.device) if visualize else None
     features, image = _KERNELS[backend](images, lines, settings)
     return features, features.new_empty(0) if image is None else image
@@ -263,3 +351,54 @@ def _lines(orientations: int, cell: tuple[int, int], device: torch.device) -> Te
     """:func:`inpaint_kernels.reference.hog.line_masks` on a device."""
     with torch.inference_mode(False):
         return reference.line_masks(orientations, *cell).to(device)
+
+
+@torch.library.impl(_library, "hog_backward", "CompositeExplicitAutograd")
+def _hog_backward(
+    grad_features: Tensor | None,
+    grad_image: Tensor | None,
+    images: Tensor,
+    orientations: int,
+    cell: Any,
+    block: Any,
+    block_norm: str,
+    transform_sqrt: bool,
+    cells: bool,
+    backend: str,
+) -> Tensor:
+    settings = _settings(orientations, cell, block, block_norm, transform_sqrt, cells)
+    histograms, _ = _KERNELS[backend](images, None, settings._replace(cells=True))
+    lines = None if grad_image is None else _lines(orientations, settings.cell, images.device)
+    return portable.hog_backward(grad_features, grad_image, images, lines, histograms, settings)
+
+
+# 6. Autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    images, *settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(images)
+    ctx.settings, ctx.visualize, ctx.backend = settings[:-2], settings[-2], settings[-1]
+    if not ctx.visualize:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _autograd_backward(ctx: Any, grad_features: Tensor | None, grad_image: Tensor | None) -> tuple[Any, ...]:
+    unwanted = (None,) * (len(ctx.settings) + 2)
+    if not ctx.visualize:
+        grad_image = None
+    if grad_features is None and grad_image is None:
+        return (None, *unwanted)
+    grad = torch.ops.inpaint_kernels.hog_backward(
+        grad_features, grad_image, *ctx.saved_tensors, *ctx.settings, ctx.backend
+    )
+    return (grad, *unwanted)
+
+
+def _no_second_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("hog: double backward is not implemented (the gradient has no gradient)")
+
+
+torch.library.register_autograd("inpaint_kernels::hog", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("inpaint_kernels::hog_backward", _no_second_backward, lib=_library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -94,8 +95,8 @@ def cell_histograms(magnitude: Tensor, angle: Tensor, orientations: int, cell: t
     rows, columns = magnitude.shape[1] // cell[0], magnitude.shape[2] // cell[1]
     bins = []
     for i in range(orientations):
-        inside = (angle >= 180.0 / orientations * i) & (angle < 180.0 / orientations * (i + 1))
-        votes = magnitude.where(inside, 0)[:, : rows * cell[0], : columns * cell[1]]
+        outside = (angle < 180.0 / orientations * i) | (angle >= 180.0 / orientations * (i + 1))  # NaN is in every bin
+        votes = magnitude.where(~outside, 0)[:, : rows * cell[0], : columns * cell[1]]
         bins.append(votes.unflatten(1, (rows, cell[0])).unflatten(3, (columns, cell[1])).mean((2, 4)))
     return torch.stack(bins, -1)
 
@@ -105,7 +106,7 @@ def normalised_blocks(histograms: Tensor, block: tuple[int, int], norm: str, eps
     blocks = histograms.unfold(1, block[0], 1).unfold(2, block[1], 1).permute(0, 1, 2, 4, 5, 3)
     if norm in ("L1", "L1-sqrt"):
         blocks = blocks / (blocks.sum((3, 4, 5), keepdim=True) + eps)
-        return blocks.where(blocks > 0, 1).sqrt().where(blocks > 0, 0) if norm == "L1-sqrt" else blocks
+        return blocks.where(blocks != 0, 1).sqrt().where(blocks != 0, 0) if norm == "L1-sqrt" else blocks
     for step in range(2 if norm == "L2-Hys" else 1):
         if step == 1:
             blocks = blocks.clamp_max(0.2)
@@ -117,29 +118,52 @@ def draw(histograms: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Te
     """[B, H, W]: in every cell a line for each bin, along the edge, as bright as the bin is high; lines add up."""
     lines = line_masks(histograms.shape[3], *cell).to(histograms)
     batch, rows, columns, _ = histograms.shape
-    drawn = (histograms[..., None, None] * lines).sum(3)  # [B, cells y, cells x, cell rows, cell columns]
+    row, column = torch.arange(rows).clamp_max(lines.shape[0] - 1), torch.arange(columns).clamp_max(lines.shape[1] - 1)
     picture = histograms.new_zeros(batch, *size)
-    picture[:, : rows * cell[0], : columns * cell[1]] = drawn.transpose(2, 3).flatten(3).flatten(1, 2)
+    cells = picture[:, : rows * cell[0], : columns * cell[1]].unflatten(1, (rows, -1)).unflatten(3, (columns, -1))
+    for i in range(histograms.shape[3]):
+        mask = lines[row[:, None], column, i].transpose(1, 2)  # [cells y, cell rows, cells x, cell columns]
+        cells += histograms[:, :, None, :, None, i] * mask
     return picture
 
 
 @functools.cache
 def line_masks(orientations: int, rows: int, columns: int) -> Tensor:
-    """[n, rows, columns] bool: the pixels of a cell that the line of each bin goes through.
+    """[ky, kx, n, rows, columns] bool: the pixels that the line of each bin goes through, in the first cells of an image.
 
-    The line through the cell's centre is perpendicular to the gradient in the middle of the bin, and never leaves the
-    cell if that has at least 2 x 2 pixels.
+    The line through a cell's centre is perpendicular to the gradient in the middle of the bin, and never leaves the
+    cell if that has at least 2 x 2 pixels. As published, its ends are rounded where they lie in the image: at a few
+    angles this depends on how far from the origin the cell is. Cell (r, c) has the lines [min(r, ky-1), min(c, kx-1)].
     """
-    masks = torch.zeros(orientations, rows, columns, dtype=torch.bool)
     radius = min(rows, columns) // 2 - 1
-    for i in range(orientations):
-        angle = math.pi * (i + 0.5) / orientations
-        # A cell far from the origin, where rounding cannot tilt the horizontal line.
-        y, x = 3 * rows + rows // 2, 3 * columns + columns // 2
-        down, right = radius * math.cos(angle), radius * math.sin(angle)
-        for row, column in line(int(y - down), int(x + right), int(y + down), int(x - right)):
-            masks[i, row - 3 * rows, column - 3 * columns] = True
+    angles = [math.pi * (i + 0.5) / orientations for i in range(orientations)]
+    ends_y = ends([radius * math.cos(angle) for angle in angles], rows)
+    ends_x = ends([-radius * math.sin(angle) for angle in angles], columns)
+    masks = torch.zeros(len(ends_y), len(ends_x), orientations, rows, columns, dtype=torch.bool)
+    for y, x, i in itertools.product(range(len(ends_y)), range(len(ends_x)), range(orientations)):
+        (top, bottom), (left, right) = ends_y[y][i], ends_x[x][i]
+        for row, column in line(top, left, bottom, right):
+            masks[y, x, i, row, column] = True
     return masks
+
+
+def ends(steps: list[float], size: int) -> list[list[tuple[int, int]]]:
+    """Where lines begin and end along one axis, relative to their cell, for the first cells of ``size`` pixels.
+
+    Args:
+        steps: for each line, how far its end is from the cell's centre.
+        size: of a cell.
+
+    Returns:
+        For the first cell, the second and so on a list of (begin, end); all further cells are as the last one.
+    """
+    cells = []
+    for cell in [*range(16), 64]:
+        centre = cell * size + size // 2
+        cells.append([(int(centre - step) - cell * size, int(centre + step) - cell * size) for step in steps])
+    while len(cells) > 1 and cells[-1] == cells[-2]:
+        cells.pop()
+    return cells
 
 
 def line(y: int, x: int, y1: int, x1: int) -> list[tuple[int, int]]:
