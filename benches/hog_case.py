@@ -153,7 +153,7 @@ def runner(case: HogCase, name: str) -> Callable[[], Outputs]:
     if name in BACKENDS:
         return functools.partial(ours, images, case.visualize, BACKENDS[name])
     if name in (EAGER, COMPILED):
-        lines = reference.line_masks(ORIENTATIONS, CELL, CELL).to(case.device) if case.visualize else None
+        lines = reference.line_masks(ORIENTATIONS, CELL, CELL)[0, 0].to(case.device) if case.visualize else None
         port = plain_port if name == EAGER else compiled_port(case)
         return functools.partial(port, images.float(), lines, case.dtype == "uint8")
     pixels = [np.ascontiguousarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images]

@@ -268,7 +268,7 @@ def hog_launches(
     images = torch.empty(batch, channels, size, size, dtype=dtype, device="meta")
     cells = images.new_empty(batch, *settings.cells_of(images), orientations, dtype=feature_dtype(images))
     blocks = cells.new_empty(settings.features_of(images))
-    lines = torch.empty(orientations, *cell, dtype=torch.bool, device="meta")
+    lines = torch.empty(1, 1, orientations, *cell, dtype=torch.bool, device="meta")
     picture = cells.new_empty(batch, size, size)
     for launch in (
         hog.fill_cells(images, cells, settings, arithmetic_of(images, root)),

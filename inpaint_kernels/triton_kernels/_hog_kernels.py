@@ -22,6 +22,9 @@ from inpaint_kernels.triton_kernels._hog_launch import CellTile, block_tile, cel
 from inpaint_kernels.triton_kernels._launch import Launch, needs_int64
 
 MOST_UNROLLED_CHANNELS = 4
+ROUNDS_TO_180 = tl.constexpr(2.0**-46 * 3.14159265358979 / 180)
+"""Radians below 180 degrees from which on an angle in float64 is 180 degrees in scikit-image, and in no bin."""
+
 OPTIONS = {"enable_fp_fusion": False}
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -157,6 +160,8 @@ def _with_votes(
     up = tl.abs(down)
     across = tl.where(turned, -right, tl.where(down == 0.0, tl.abs(right), right))
     votes = magnitude.to(totals[0].dtype)
+    if ARITHMETIC == "float64":
+        votes = tl.where(turned & (across < 0.0) & (up <= magnitude * ROUNDS_TO_180), 0.0, votes)
     first: tl.tuple = ()
     last: tl.tuple = ()
     before, behind = turned, turned  # whether the borders before these were passed
@@ -325,6 +330,8 @@ def hog_picture_kernel(
     width: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
+    LINE_ROWS: tl.constexpr,
+    LINE_COLUMNS: tl.constexpr,
     CELL_ROWS: tl.constexpr,
     CELL_COLUMNS: tl.constexpr,
     BINS: tl.constexpr,
@@ -332,9 +339,10 @@ def hog_picture_kernel(
     BLOCK_CELLS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Draws BLOCK_CELLS neighbouring cells of [B, rows, columns, n], every bin's line [n, cell rows, cell columns].
+    """Draws BLOCK_CELLS neighbouring cells of [B, rows, columns, n], every bin's line.
 
-    What is not in a cell, on the right and at the bottom, becomes 0.
+    ``lines`` are [LINE_ROWS, LINE_COLUMNS, n, cell rows, cell columns]: of the first cells of an image, the last of
+    them being those of all further cells. What is not in a cell, on the right and at the bottom, becomes 0.
     """
     program = tl.program_id(0)
     if WIDE:
@@ -344,6 +352,8 @@ def hog_picture_kernel(
     cell = program % programs * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     row = program // programs % all_rows
     sample = program // programs // all_rows
+    which = tl.minimum(row, LINE_ROWS - 1) * LINE_COLUMNS + tl.minimum(cell, LINE_COLUMNS - 1)
+    lines_of_cells = lines + (which * (BINS * CELL_ROWS * CELL_COLUMNS))[:, None]
     histogram = cells + ((sample * rows + row) * columns + cell) * BINS
     brightness: tl.tuple = ()
     for j in tl.static_range(BINS):
@@ -356,7 +366,7 @@ def hog_picture_kernel(
         for i in range(CELL_ROWS):
             drawn = tl.zeros([BLOCK_CELLS, BLOCK_COLUMNS], cells.dtype.element_ty)
             for j in tl.static_range(BINS):
-                line = lines + (j * CELL_ROWS + i) * CELL_COLUMNS + column
+                line = lines_of_cells + (j * CELL_ROWS + i) * CELL_COLUMNS + column
                 drawn += tl.where(tl.load(line, mask=column < CELL_COLUMNS, other=0) != 0, brightness[j], 0.0)
             y = row * CELL_ROWS + i
             end = tl.where(y < height, width, 0)
@@ -408,11 +418,16 @@ def fill_blocks(cells: Tensor, blocks: Tensor, settings: Settings) -> Launch:
 
 
 def draw(cells: Tensor, lines: Tensor, picture: Tensor, settings: Settings) -> Launch:
-    """The launch that fills ``picture`` [B, H, W] from the cells and [n, cell rows, cell columns] bool."""
+    """The launch that fills ``picture`` [B, H, W] from the cells and [ky, kx, n, cell rows, cell columns] bool."""
     batch, height, width = picture.shape
     rows, columns = cells.shape[1:3]
     tile = cell_tile(settings.cell, columns)
-    constants = {**_cell_constants(settings, tile), "WIDE": needs_int64(cells, picture)}
+    constants = {
+        **_cell_constants(settings, tile),
+        "LINE_ROWS": lines.shape[0],
+        "LINE_COLUMNS": lines.shape[1],
+        "WIDE": needs_int64(cells, picture),
+    }
     across, down = triton.cdiv(width, tile.cells * settings.cell[1]), triton.cdiv(height, settings.cell[0])
     arguments = {
         "cells": cells,
