@@ -32,7 +32,7 @@ def assert_equals_skimage(image: np.ndarray, backends: Sequence[str] = BACKENDS,
     """All features, and the picture if there is one, whose values are not bounded by 1."""
     expected = skimage_hog(image, channel_axis=None if image.ndim == 2 else -1, **options)
     for backend in backends:
-        got = hog(channels_first(image), backend=backend, **options)
+        got: Any = hog(channels_first(image), backend=backend, **options)
         pairs = zip(got, expected, strict=True) if options.get("visualize") else [(got, expected)]
         for ours, theirs in pairs:
             assert ours.shape == theirs.shape
@@ -155,7 +155,12 @@ def test_gradients_next_to_the_borders(backend, dtype, orientations):
 @pytest.mark.parametrize("transform_sqrt", [False, True])
 @pytest.mark.parametrize(("cell", "block"), [((8, 8), (3, 3)), ((6, 7), (2, 3)), ((16, 5), (1, 1)), ((3, 20), (4, 2))])
 def test_every_combination_of_options(norm, transform_sqrt, cell, block):
-    options = {"pixels_per_cell": cell, "cells_per_block": block, "block_norm": norm, "transform_sqrt": transform_sqrt}
+    options: Any = {
+        "pixels_per_cell": cell,
+        "cells_per_block": block,
+        "block_norm": norm,
+        "transform_sqrt": transform_sqrt,
+    }
     for visualize, vector in itertools.product([False, True], repeat=2):
         for name in ("noise", "four levels in colour"):
             image = HARD[name]
@@ -175,7 +180,7 @@ def test_channels_of_equal_squares_and_different_gradients():
     first, second = (np.array([pair[i] for pair in pairs[:4096]]) for i in (0, 1))
     channels = [image_of_gradients(v[:, 0].reshape(64, -1), v[:, 1].reshape(64, -1), np.uint8) for v in (first, second)]
     image = np.stack(channels, -1)
-    options = {"pixels_per_cell": (3, 3), "cells_per_block": (1, 1), "orientations": 32}
+    options: Any = {"pixels_per_cell": (3, 3), "cells_per_block": (1, 1), "orientations": 32}
     assert_equals_skimage(image, EXACT, **options)
     assert_equals_skimage(image.astype(np.uint16), EXACT, **options)
 
@@ -201,16 +206,16 @@ def test_blocks_of_any_size_and_images_of_a_single_one():
         image = noise(shape)
         assert_equals_skimage(image, pixels_per_cell=(cell, cell), cells_per_block=(block, block))
     image = noise((50, 40))
-    for block in [(1, 1), (1, 3), (5, 2), (6, 5)]:
+    for cells in [(1, 1), (1, 3), (5, 2), (6, 5)]:
         for orientations in (1, 2, 9):
-            assert_equals_skimage(image, cells_per_block=block, orientations=orientations)
+            assert_equals_skimage(image, cells_per_block=cells, orientations=orientations)
 
 
 @pytest.mark.parametrize("orientations", [1, 2, 3, 6, 7, 9, 16])
 def test_lines_of_the_picture(orientations):
     for cell in [(2, 2), (4, 4), (6, 6), (8, 8), (10, 16), (22, 22), (31, 31)]:
         image = noise((3 * cell[0] + 1, 2 * cell[1] + 3))
-        options = {"pixels_per_cell": cell, "cells_per_block": (1, 1), "orientations": orientations}
+        options: Any = {"pixels_per_cell": cell, "cells_per_block": (1, 1), "orientations": orientations}
         assert_equals_skimage(image, visualize=True, **options)
 
 
@@ -219,7 +224,7 @@ def test_lines_are_rounded_where_they_lie():
     assert [line_masks(9, size, size).shape[:2] for size in (6, 8, 16, 32)] == [(1, 3), (1, 1), (1, 1), (2, 1)]
     for orientations, size in itertools.product((1, 3, 9), (6, 32)):
         image = noise((5 * size, 4 * size))
-        options = {"orientations": orientations, "pixels_per_cell": (size, size), "cells_per_block": (1, 1)}
+        options: Any = {"orientations": orientations, "pixels_per_cell": (size, size), "cells_per_block": (1, 1)}
         assert_equals_skimage(image, visualize=True, **options)
 
 
@@ -249,7 +254,9 @@ def test_every_dtype(dtype, orientations):
 def test_bfloat16_is_computed_as_the_float32_that_it_is(backend):
     image = torch.rand(3, 40, 49).bfloat16()
     expected = skimage_hog(image.float().numpy(), channel_axis=0)
-    np.testing.assert_allclose(hog(image, backend=backend).numpy(), expected, rtol=0, atol=TOLERANCE)
+    got = hog(image, backend=backend)
+    assert isinstance(got, torch.Tensor)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=TOLERANCE)
 
 
 @with_all_backends

@@ -317,7 +317,7 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
 def _reference(images: Tensor, lines: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor | None]:
     features, image = reference.hog(images, *settings, lines is not None)
     dtype = feature_dtype(images)
-    return features.to(dtype), None if image is None else image.to(dtype)
+    return features.to(dtype).contiguous(), None if image is None else image.to(dtype)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor | None, Settings], tuple[Tensor, Tensor | None]]] = {

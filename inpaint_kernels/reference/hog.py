@@ -129,7 +129,7 @@ def draw(histograms: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> Te
 
 @functools.cache
 def line_masks(orientations: int, rows: int, columns: int) -> Tensor:
-    """[ky, kx, n, rows, columns] bool: the pixels that the line of each bin goes through, in the first cells of an image.
+    """[ky, kx, n, rows, columns] bool: the pixels that each bin's line goes through, in the first cells of an image.
 
     The line through a cell's centre is perpendicular to the gradient in the middle of the bin, and never leaves the
     cell if that has at least 2 x 2 pixels. As published, its ends are rounded where they lie in the image: at a few
