@@ -47,6 +47,9 @@ DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 # No -march and no other -m flag: kernels that need AVX2 or AVX-512 carry function target attributes.
 OPTIMISE = ["-O0", "-g"] if os.environ.get("INPAINT_DEBUG") == "1" else ["-O3"]
 CXX_FLAGS = ["-std=c++17", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# More flags for one source. hog: a fused multiply-add would break ties between bins, and square roots are vectorised
+# only where errno need not be set.
+FILE_FLAGS = {"csrc/cpu/hog.cpp": ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]}
 # nvcc's messages are kept beside the object, and shown without ptxas's report, which benches/evidence.py reads there.
 KEEP_RESOURCE_REPORT = (
     "--resource-usage > $out.log 2>&1 || { cat $out.log; exit 1; }; "
@@ -228,7 +231,7 @@ def write_ninja_file(tools: Toolchain) -> None:
         ninja.comment("Written by setup.py.")
         ninja.variable("builddir", str(BUILD_DIR))
         for rule, compiler in compile_commands(tools).items():
-            command = f"{shell_line(compiler)} -MD -MF $out.d -c $in -o $out"
+            command = f"{shell_line(compiler)} $flags -MD -MF $out.d -c $in -o $out"
             ninja.rule(
                 rule,
                 command=f"{command} {KEEP_RESOURCE_REPORT}" if rule == "nvcc" else command,
@@ -242,7 +245,9 @@ def write_ninja_file(tools: Toolchain) -> None:
         for path in sources:
             source = path.relative_to(ROOT)
             objects.append(str(BUILD_DIR / source.relative_to("csrc")) + ".o")
-            ninja.build(objects[-1], "nvcc" if source.suffix == ".cu" else "cxx", str(source))
+            flags = shell_line(FILE_FLAGS.get(str(source), []))
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            ninja.build(objects[-1], rule, str(source), variables={"flags": flags} if flags else None)
         ninja.build(str(BUILD_DIR / LIBRARY), "link", objects)
 
 

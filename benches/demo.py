@@ -1,9 +1,9 @@
 """What ``make demo`` runs: real photos with real holes, filled with no weights, and the op timed on this machine.
 
-Writes a row of panels and the filled photo per scene as PNG, says where, and prints three tables: contextual attention
+Writes a row of panels and the filled photo per scene as PNG, says where, and prints four tables: contextual attention
 by naive PyTorch, the portable backend and the native kernel, a layer of a network for every convolution op beside the
-code of published modules, and coherent semantic attention. The photos come with installed packages; nothing is
-downloaded.
+code of published modules, coherent semantic attention, and histograms of oriented gradients beside scikit-image's. The
+photos come with installed packages; nothing is downloaded.
 
 ``python benches/demo.py --readme-picture benches/results/demo.jpg`` writes the picture of the README and ends.
 """
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 from benches import coherent_case as coherent
 from benches import convolution_case as convolutions
 from benches import harness
+from benches import hog_case as gradients
 from inpaint_kernels import comparison, masks, panels
 from inpaint_kernels.images import Photo, read_photo, write_photo
 from inpaint_kernels.inpaint import fill_photo
@@ -195,8 +196,8 @@ def race_convolution(case: convolutions.ConvolutionCase, rounds: int) -> Measure
     return harness.run_race(providers, case.tolerances, seconds=0, rounds=rounds)[0]
 
 
-def has_wrong_result(race: Measurements) -> bool:
-    return any(isinstance(measurement.failure, harness.WrongResultError) for measurement in race.values())
+def has_wrong_result(measurements: Measurements) -> bool:
+    return any(isinstance(measurement.failure, harness.WrongResultError) for measurement in measurements.values())
 
 
 def convolution_table(races: Sequence[ConvolutionRace]) -> Table:
@@ -270,6 +271,43 @@ def coherent_table(case: coherent.CoherentCase, race: Measurements) -> Table:
     return table
 
 
+# --- histograms of oriented gradients ------------------------------------------------------------------------------
+
+HOG_NAMES = (gradients.SKIMAGE, gradients.EAGER, gradients.PORTABLE, gradients.OURS)
+HogRace = tuple[gradients.HogCase, Measurements]
+
+
+def race_hog(size: int, visualize: bool, rounds: int) -> HogRace:
+    """scikit-image, a plain port to PyTorch, portable and native kernel, correct first, then in turns."""
+    case = gradients.HogCase(size, channels=3, visualize=visualize)
+    providers = [case.provider(name) for name in HOG_NAMES]
+    return case, harness.run_race(providers, case.tolerances, seconds=0, rounds=rounds)[0]
+
+
+def hog_table(races: Sequence[HogRace]) -> Table:
+    """A row for the features alone and one with the picture of the histograms."""
+    size = races[0][0].size
+    failures = dict.fromkeys(str(m.failure) for _, race in races for m in race.values() if m.failure is not None)
+    table = Table(
+        title=f"histograms of oriented gradients, {size} x {size} RGB image, uint8",
+        caption="\n".join(failures),
+        caption_justify="left",
+    )
+    table.add_column("hog")
+    for heading in ("scikit-image", "eager PyTorch", "portable", "native kernel", "difference", "faster"):
+        table.add_column(heading, justify="right")
+    for case, race in races:
+        seconds = [statistics.median(race[name].wall) if race[name].wall else math.inf for name in HOG_NAMES]
+        native = race[gradients.OURS]
+        table.add_row(
+            "features and picture" if case.visualize else "features",
+            *map(_milliseconds, seconds),
+            "-" if native.error is None else f"{native.error:.1e}",
+            f"{seconds[0] / seconds[-1]:.0f}x" if max(seconds[0], seconds[-1]) < math.inf else "-",
+        )
+    return table
+
+
 # --- the demo ------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +327,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(SCENES) + 2 + len(LAYERS))
+        task = progress.add_task("", total=len(SCENES) + 3 + len(LAYERS))
         for index, scene in enumerate(SCENES):
             console.print(_fill_scene(scene, folder, _reporter(progress, task, index, scene.name)))
         case = comparison.Case(size=arguments.size)
@@ -300,14 +338,19 @@ def main() -> None:
             _reporter(progress, task, len(SCENES) + 1 + len(races), layer.op)(0.0, network)
             of_layer = convolutions.ConvolutionCase(network, layer, arguments.image, convolutions.FLOAT32)
             races.append((of_layer, race_convolution(of_layer, arguments.rounds)))
-        _reporter(progress, task, len(SCENES) + 1 + len(LAYERS), "coherent_semantic_attention")(0.0, "racing")
+        turn = len(SCENES) + 1 + len(LAYERS)
+        _reporter(progress, task, turn, "coherent_semantic_attention")(0.0, "racing")
         of_csa = coherent.CoherentCase(arguments.image // coherent.PIXELS_PER_POSITION, "forward")
         coherent_race = race_coherent_attention(of_csa, arguments.rounds)
+        _reporter(progress, task, turn + 1, "hog")(0.0, "scikit-image and ours")
+        hogs = [race_hog(arguments.image, visualize, arguments.rounds) for visualize in (False, True)]
     console.print(f"\nPanels and filled photos are in {folder.resolve()}\n")
     console.print(comparison.comparison_table(case, rows))
     console.print(convolution_table(races))
     console.print(coherent_table(of_csa, coherent_race))
-    if any(row.wrong for row in rows) or any(map(has_wrong_result, [coherent_race, *(race for _, race in races)])):
+    console.print(hog_table(hogs))
+    layers = [race for _, race in [*races, *hogs]]
+    if any(row.wrong for row in rows) or any(map(has_wrong_result, [coherent_race, *layers])):
         raise SystemExit("A result differs from the float64 reference.")
 
 
@@ -315,7 +358,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for the PNG files")
     parser.add_argument("--size", type=int, default=96, help="side of the feature map of the table")
-    parser.add_argument("--image", type=int, default=256, help="side of the image of the convolutions' table")
+    parser.add_argument("--image", type=int, default=256, help="side of the image of the other tables")
     parser.add_argument("--rounds", type=int, default=5, help="how often the table's providers take turns")
     parser.add_argument("--readme-picture", type=Path, metavar="FILE", help="write only the picture of the README")
     return parser.parse_args()

@@ -1,7 +1,7 @@
 """Turns benchmark JSON into tables and a plot.
 
     python benches/report.py                      all tables, as Markdown
-    python benches/report.py --update README.md   the summary and the GPU tables, between marker lines in that file
+    python benches/report.py --update README.md   the README's tables, between marker lines in that file
     python benches/report.py --plot times.png     seconds over number of keys
 
 Reads ``benches/results/*.json`` as pytest-benchmark wrote them (``--benchmark-json``); of a case that several files
@@ -27,13 +27,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
 NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 EAGER, COMPILED = "eager", "torch.compile"
-OWN = (OURS, "portable", NAIVE, "naive compiled")
+PORTABLE = "portable"
+OWN = (OURS, PORTABLE, NAIVE, "naive compiled")
 YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
+HOG, SKIMAGE, OPENCV, COPY = "hog", "scikit-image", "OpenCV 4", "copy of the bytes"
 # Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
 # measured. A tf32 or bf16 product runs on the matrix units.
 H200_DATASHEET: dict[str, Any] = {
@@ -143,7 +146,7 @@ def full_tables(races: Races) -> str:
         parts += [
             f"### {case}",
             "",
-            f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels{noise}.",
+            f"{_size(facts)}, {facts['channels']} channels{noise}.",
             "",
             _table(("provider", "wall", "CPU", "extra memory", "error", "time / ours"), rows),
             "",
@@ -151,13 +154,17 @@ def full_tables(races: Races) -> str:
     return "\n".join([*parts, provenance_line(races)])
 
 
+def _size(facts: dict[str, Any]) -> str:
+    if facts["op"] == HOG:
+        return f"{facts['batch']} x {facts['size']} x {facts['size']} pixels"
+    return f"{facts['keys']:,} keys, {facts['queries']:,} queries"
+
+
 def summary(races: Races) -> str:
     """The tables for the README: attention, and the convolutions of whole networks."""
     layers = {case: contenders for case, contenders in races.items() if _is_layer(contenders)}
     attention = {
-        case: contenders
-        for case, contenders in races.items()
-        if _facts(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
+        case: contenders for case, contenders in races.items() if _facts(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
     }
     parts = [_attention_summary(attention)] if attention or not layers else []
     return "\n\n".join([*parts, _network_summary(layers)] if layers else parts)
@@ -429,6 +436,53 @@ def _ratio(seconds: float | None, other: float | None) -> str:
     return "-" if seconds is None or other is None else f"{seconds / other:.2f}x"
 
 
+# Histograms of oriented gradients ------------------------------------------------------------------------------------
+
+
+def hog_summary(races: Races) -> str:
+    """The README's table of hog: a row per case, quickest cases first; empty without a race."""
+    hogs = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == HOG}
+    if not hogs:
+        return ""
+    header = (
+        "hog",
+        SKIMAGE,
+        "PyTorch, eager",
+        "the same by torch.compile",
+        f"{OPENCV}, equal geometry",
+        "portable",
+        "ours",
+        f"speed-up over {SKIMAGE} / torch.compile / OpenCV",
+        "copy of the bytes",
+    )
+    chosen = sorted(hogs.values(), key=lambda contenders: contenders[OURS].wall)
+    versions = sorted({_facts(contenders)["opencv"] for contenders in chosen} - {None})
+    opencv = f"{OPENCV} is {' and '.join(versions)}" if versions else f"{OPENCV} was not installed"
+    note = (
+        f"9 orientations, cells of 8x8 pixels, blocks of 3x3. {opencv}: its HOGDescriptor computes other numbers, and "
+        "has no picture of them. A copy of the bytes reads and writes as much as the images and their features have."
+    )
+    return f"{_table(header, map(_hog_row, chosen))}\n\n{provenance_line(hogs)} {note}"
+
+
+def _hog_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    ours = contenders[OURS]
+    rivals = [contenders.get(name) for name in (SKIMAGE, EAGER, COMPILED, OPENCV, PORTABLE)]
+    ratios = (contenders.get(name) for name in (SKIMAGE, COMPILED, OPENCV))
+    copy = contenders.get(COPY)
+    return (
+        _hog_title(_facts(contenders)),
+        *("-" if rival is None else _seconds(rival.wall) for rival in rivals),
+        f"**{_seconds(ours.wall)}**",
+        " / ".join("-" if rival is None else f"{rival.times_slower_than(ours):.3g}x" for rival in ratios),
+        "-" if copy is None else _seconds(copy.wall),
+    )
+
+
+def _hog_title(facts: dict[str, Any]) -> str:
+    return facts["case"].replace("-", " ")
+
+
 # GPU -----------------------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +556,8 @@ def _ceilings(run: Path | None) -> dict[str, Any] | None:
 
 
 def _gpu_title(facts: dict[str, Any]) -> str:
+    if facts["op"] == HOG:
+        return f"hog, {_hog_title(facts)}"
     batch = "" if facts["batch"] == 1 else f", batch {facts['batch']}"
     return f"{_title(facts)}{batch}, {facts['precision']}"
 
@@ -625,7 +681,7 @@ def plot(races: Races, path: Path) -> None:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for contenders in races.values():
         facts = _facts(contenders)
-        drawn = (facts["op"], facts.get("family"), facts["direction"]) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
+        drawn = (facts["op"], facts.get("family"), facts.get("direction")) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
         if drawn and facts["queries"] == facts["keys"]:
             for contender in contenders.values():
                 points[contender.name].append((facts["keys"], contender.wall))
@@ -642,7 +698,7 @@ def plot(races: Races, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables and a plot from benchmark results.")
     parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: benches/results/*.json)")
-    parser.add_argument("--update", type=Path, metavar="FILE", help="write the summary between the markers in FILE")
+    parser.add_argument("--update", type=Path, metavar="FILE", help="write the tables between the markers in FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into FILE")
     options = parser.parse_args(arguments)
     paths = options.results or sorted(RESULTS.glob("*.json"))
@@ -651,6 +707,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"no results in {', '.join(map(str, paths)) or RESULTS}; `make bench` makes some")
     if options.update:
         document = update_between_markers(options.update.read_text(encoding="utf-8"), summary(races))
+        if HOG_BEGIN in document:
+            document = update_between_markers(document, hog_summary(races), HOG_BEGIN, HOG_END)
         if GPU_BEGIN in document:
             document = update_between_markers(document, gpu_summary(), GPU_BEGIN, GPU_END)
         options.update.write_text(document, encoding="utf-8")

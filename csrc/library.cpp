@@ -132,4 +132,9 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "stride_y, "
       "int stride_x, int pad_top, int pad_left, int dilation_y, int dilation_x, bool few_outputs, Tensor scale, "
       "Tensor shift, Tensor(a!) y) -> ()");
+
+  // csrc/cpu/hog: lines [ky, kx, n, cell rows, cell columns] bool -> features, and the picture or an empty tensor.
+  m.def(
+      "hog(Tensor images, Tensor? lines, int orientations, int cell_rows, int cell_columns, int block_rows, "
+      "int block_columns, str block_norm, bool transform_sqrt, bool cells) -> (Tensor features, Tensor picture)");
 }

@@ -14,6 +14,7 @@ from inpaint_kernels.ops.coherent_semantic_attention import (  # noqa: E402
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention  # noqa: E402
 from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d  # noqa: E402
 from inpaint_kernels.ops.gated_conv2d import gated_conv2d  # noqa: E402
+from inpaint_kernels.ops.hog import HogResult, hog  # noqa: E402
 from inpaint_kernels.ops.match_patches import PatchMatches, match_patches  # noqa: E402
 from inpaint_kernels.ops.partial_conv2d import PartialConv2dResult, partial_conv2d  # noqa: E402
 from inpaint_kernels.ops.patch_vote import patch_vote  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "CoherentSemanticAttentionResult",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
+    "HogResult",
     "PartialConv2dResult",
     "PatchMatches",
     "coherent_semantic_attention",
@@ -32,6 +34,7 @@ __all__ = [
     "explain",
     "flow_to_color",
     "gated_conv2d",
+    "hog",
     "match_patches",
     "partial_conv2d",
     "patch_vote",

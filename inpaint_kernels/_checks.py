@@ -139,3 +139,15 @@ def check_range(
         return
     bounds = [f">= {minimum}"] * (minimum is not None) + [f"<= {maximum}"] * (maximum is not None)
     raise ValueError(f"{name}: expected a number {' and '.join(bounds) or 'that is not NaN'}, got {value}")
+
+
+def check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    """(rows, columns) of an integer or of a pair of them, each at least `minimum`."""
+    if not isinstance(value, (tuple, list)):
+        check_range(name, value, minimum=minimum, integer=True)
+        return (value, value)
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected an integer or a pair (rows, columns), got {value}")
+    for part in value:
+        check_range(name, part, minimum=minimum, integer=True)
+    return (value[0], value[1])

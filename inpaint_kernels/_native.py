@@ -55,6 +55,7 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "gated_conv2d_gate_backward": ("CPU",),
     "dilated_conv2d": ("CPU",),
     "partial_conv2d": ("CPU",),
+    "hog": ("CPU",),
 }
 
 _KEYS: tuple[DispatchKey, ...] = ("CPU", "CUDA")

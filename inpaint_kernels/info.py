@@ -31,6 +31,10 @@ def _map_with_flags(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, 8, 16, 16, device=device), torch.zeros(16, 16, dtype=torch.bool)
 
 
+def _image(device: torch.device) -> tuple[torch.Tensor]:
+    return (torch.zeros(1, 3, 24, 24, dtype=torch.uint8, device=device),)
+
+
 def _layer(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, 8, 16, 16, device=device), torch.zeros(8, 8, 3, 3, device=device)
 
@@ -46,6 +50,7 @@ _EXAMPLES: Mapping[str, Callable[[torch.device], tuple[Any, ...]]] = {
     "contextual_attention": _two_maps,
     "dilated_conv2d": _layer,
     "gated_conv2d": _layer,
+    "hog": _image,
     "match_patches": _two_maps,
     "partial_conv2d": _layer_with_mask,
     "patch_vote": _matched_map,

@@ -25,6 +25,7 @@ from inpaint_kernels.ops.contextual_attention import (
 )
 from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d
 from inpaint_kernels.ops.gated_conv2d import check_gate_order, gated_conv2d
+from inpaint_kernels.ops.hog import HogResult, check_settings, hog
 from inpaint_kernels.ops.partial_conv2d import PartialConv2dResult, check_rule, partial_conv2d
 
 
@@ -441,6 +442,67 @@ class PartialConv2d(torch.nn.Conv2d):
     def extra_repr(self) -> str:
         """What differs from a plain convolution, for ``repr``."""
         return super().extra_repr() + _options(self, {"rule": "", "eps": 1e-8, "mask_channels": None})
+
+
+class HOG(torch.nn.Module):
+    """:func:`inpaint_kernels.hog` with its settings fixed; it has no parameters.
+
+    Args:
+        orientations: as in the function, as all that follow.
+        pixels_per_cell: the same.
+        cells_per_block: the same.
+        block_norm: the same.
+        visualize: the same.
+        transform_sqrt: the same.
+        feature_vector: the same.
+        target: the same.
+        backend: the same.
+
+    Example:
+        >>> features = HOG(orientations=8, pixels_per_cell=16, cells_per_block=1)
+        >>> features(torch.rand(2, 3, 64, 96)).shape
+        torch.Size([2, 192])
+    """
+
+    def __init__(
+        self,
+        orientations: int = 9,
+        pixels_per_cell: int | tuple[int, int] = (8, 8),
+        cells_per_block: int | tuple[int, int] = (3, 3),
+        block_norm: str = "L2-Hys",
+        *,
+        visualize: bool = False,
+        transform_sqrt: bool = False,
+        feature_vector: bool = True,
+        target: str = "blocks",
+        backend: str | None = None,
+    ) -> None:
+        check_settings(orientations, pixels_per_cell, cells_per_block, block_norm, visualize, transform_sqrt, target)
+        super().__init__()
+        self.orientations, self.pixels_per_cell, self.cells_per_block = orientations, pixels_per_cell, cells_per_block
+        self.block_norm, self.visualize, self.transform_sqrt = block_norm, visualize, transform_sqrt
+        self.feature_vector, self.target, self.backend = feature_vector, target, backend
+
+    def forward(self, images: Tensor) -> Tensor | HogResult:
+        """Shapes and result as in the function."""
+        return hog(
+            images,
+            self.orientations,
+            self.pixels_per_cell,
+            self.cells_per_block,
+            self.block_norm,
+            self.visualize,
+            self.transform_sqrt,
+            self.feature_vector,
+            self.target,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        size = f"{self.orientations}, pixels_per_cell={self.pixels_per_cell}, cells_per_block={self.cells_per_block}"
+        defaults = {"block_norm": "L2-Hys", "visualize": False, "transform_sqrt": False, "target": "blocks"}
+        return size + _options(self, defaults)
 
 
 def _options(module: torch.nn.Module, defaults: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benches import bench_contextual_attention as bench
-from benches import convolution_case, gpu_convolutions, harness, peers, report
+from benches import convolution_case, gpu_convolutions, gpu_hog, harness, hog_case, peers, report
 from benches.bench_contextual_attention import AttentionCase
 from benches.convolution_case import (
     BFLOAT16,
@@ -29,6 +29,7 @@ from benches.convolution_case import (
     ConvolutionCase,
     Layer,
 )
+from benches.hog_case import HogCase
 from inpaint_kernels.reference import contextual_attention as reference
 
 EXACT = (torch.arange(4.0),)
@@ -376,6 +377,52 @@ def test_a_way_is_forced_during_the_call_only(name: str, inside: bool, monkeypat
     assert module.in_gemm is rule
 
 
+# Cases of hog --------------------------------------------------------------------------------------------------------
+
+HOG_CASES = [HogCase(50, 1), HogCase(50, 3, visualize=True), HogCase(43, 3, "float32"), HogCase(32, 3, batch=3)]
+
+
+@pytest.mark.parametrize("case", HOG_CASES, ids=str)
+def test_every_provider_of_hog_passes_the_gate(case: HogCase) -> None:
+    names = [name for name in case.provider_names if name != hog_case.COMPILED]  # compiling takes too long here
+    assert hog_case.SKIMAGE in names
+    measurements, _ = harness.run_race([case.provider(name) for name in names], case.tolerances, seconds=0, rounds=1)
+    assert {name: m.failure for name, m in measurements.items()} == dict.fromkeys(names)
+    assert measurements[hog_case.OURS].error is not None
+
+
+@pytest.mark.parametrize("case", HOG_CASES[:2], ids=str)
+def test_a_gradient_in_another_bin_does_not_pass_the_gate(case: HogCase) -> None:
+    right = case.provider("ours")
+    turned = harness.Provider("turned", lambda: tuple(x.roll(1, -1) for x in right.run()), right.expected)
+    measurements, _ = harness.run_race([turned], case.tolerances, seconds=0, rounds=1)
+    assert isinstance(measurements["turned"].failure, harness.WrongResultError)
+
+
+def test_the_copy_moves_the_bytes_of_an_image_and_its_features() -> None:
+    case = HogCase(2000, 1)
+    blocks = 248 * 248
+    assert case.facts()["bytes"] == 2000 * 2000 + 4 * blocks * 81
+    assert case.provider_names[-1] == hog_case.COPY
+    (copied,) = case.provider(hog_case.COPY).run()
+    assert 2 * copied.numel() == case.facts()["bytes"]
+    assert hog_case.COPY not in HogCase(512, 1).provider_names
+
+
+def test_gpu_cases_of_hog_plan_more_than_the_least() -> None:
+    cases = gpu_hog.cases()
+    assert len(set(map(str, cases))) == len(cases)
+    for case in cases:
+        facts = case.facts()
+        assert (facts["op"], facts["precision"]) == ("hog", "float32")
+        assert facts["our_flops"] > facts["flops"]
+        assert facts["bytes"] < facts["our_bytes"] < 1.3 * facts["bytes"]
+    most_wanted = dict(cases[0].facts())
+    assert report.prediction(most_wanted, report.H200_DATASHEET) < 60e-6  # what the kernels were made for
+    table = report._gpu_times([most_wanted], None)
+    assert "| hog, 2000x2000 rgb float32 | 14.2 us |" in table
+
+
 # Report --------------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +601,37 @@ def test_a_network_on_a_gpu_is_one_row(tmp_path: Path) -> None:
     assert table.count("| GLCIC dilated layers, 4 convolutions, 2000x2000 image,") == 3
     floors = [report.floor(facts, report.H200_DATASHEET) for facts in cases if facts["precision"] == "tf32"]
     assert f"image, tf32 | {1e3 * sum(floors):.3g} ms |" in table
+
+
+def test_hog_has_a_table_of_its_own(results: Path, tmp_path: Path) -> None:
+    def stored_hog(provider: str, wall: list[float], **facts: Any) -> dict[str, Any]:
+        of_case = {"op": "hog", "size": 2000, "batch": 1, "channels": 1, "precision": "uint8", "opencv": "4.1.2"}
+        return stored("2000x2000-gray-uint8", provider, wall, **of_case, **facts)
+
+    race = [
+        stored_hog("scikit-image", [0.9, 0.8, 1.0]),
+        stored_hog("eager", [0.4, 0.4, 0.4]),
+        stored_hog("torch.compile", [0.2, 0.2, 0.2]),
+        stored_hog("ours", [0.002, 0.002, 0.0025]),
+        stored_hog("OpenCV 4", [0.05, 0.05, 0.05], largest_relative_error=None),
+        stored_hog("copy of the bytes", [0.001, 0.001, 0.001], largest_relative_error=None),
+    ]
+    path = tmp_path / "hog.json"
+    path.write_text(json.dumps({"datetime": "2026-01-04", "benchmarks": race}))
+    races = report.load([path])
+    header, _, row, _, note = report.hog_summary(races).splitlines()
+    assert header.startswith("| hog | scikit-image |")
+    assert row == (
+        "| 2000x2000 gray uint8 | 900 ms | 400 ms | 200 ms | 50 ms | - | **2 ms** | 400x / 100x / 25x | 1 ms |"
+    )
+    assert "OpenCV 4 is 4.1.2" in note
+    assert report.hog_summary(report.load([results])) == ""
+    assert "hog" not in report.summary(report.load([path, results]))
+    assert "1 x 2000 x 2000 pixels, 1 channels; noise 2%." in report.full_tables(races)
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(f"{line}\n" for line in (report.BEGIN, report.END, report.HOG_BEGIN, report.HOG_END)))
+    report.main([str(path), str(results), "--update", str(readme)])
+    assert row in readme.read_text()
 
 
 # Foreign files -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Compiles the Triton kernels to machine code without a GPU, and reads what they take of one.
 
-Run as ``python -m tests.triton_compilation quick|all|planted``, in a process without TRITON_INTERPRET; prints JSON.
+Run as ``python -m tests.triton_compilation quick|all|planted|hog-quick|hog|hog-planted``, in a process without
+TRITON_INTERPRET; prints JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from inpaint_kernels.portable._convolution import Activation, Geometry
+from inpaint_kernels.portable.hog import Settings, feature_dtype
 from inpaint_kernels.triton_kernels import _epilogues as epilogues
+from inpaint_kernels.triton_kernels import _hog_kernels as hog
 from inpaint_kernels.triton_kernels import _implicit_gemm as gemm
+from inpaint_kernels.triton_kernels._hog_launch import arithmetic_of
 from inpaint_kernels.triton_kernels._launch import Launch, Layout
 from inpaint_kernels.triton_kernels._launch_config import Capability, LaunchConfig, Layer, Precision, launch_config
 from inpaint_kernels.triton_kernels._packed_weights import pack
@@ -76,7 +80,7 @@ class Case:
     name: str
     launch: Launch
     capability: Capability
-    precision: Precision
+    precision: str
 
 
 def planted_cases() -> Iterator[Case]:
@@ -220,6 +224,61 @@ def tensors(
     return x, layout.empty(x, channels, size), x.new_empty(shape.columns), geometry
 
 
+def hog_cases() -> Iterator[Case]:
+    """The kernels of hog for every dtype, and what changes their shape: channels, bins, cells, blocks, norms."""
+    for capability in CAPABILITIES:
+        for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32):
+            yield from hog_launches(capability, dtype, 3)
+        for dtype in (torch.uint8, torch.float32):
+            yield from hog_launches(capability, dtype, 1, size=16_000, norm="L1-sqrt")
+        yield from hog_launches(capability, torch.uint8, 3, root=True, norm="L1")
+        yield from hog_launches(capability, torch.float32, 7, orientations=32, cell=(200, 150), block=(1, 1))
+        yield from hog_launches(capability, torch.float32, 3, orientations=12, cell=(6, 7), block=(16, 16), norm="L2")
+        yield from hog_launches(capability, torch.float32, 3, orientations=2, cell=(3, 1), batch=1200)  # 64-bit offsets
+
+
+def hog_quick_cases() -> Iterator[Case]:
+    """One of every kernel and arithmetic."""
+    yield from hog_launches((9, 0), torch.float32, 3)
+    for dtype in (torch.uint8, torch.float64):
+        yield next(hog_launches((8, 0), dtype, 3))
+
+
+def hog_planted_cases() -> Iterator[Case]:
+    """Fused multiply-adds where none may be."""
+    case = next(hog_launches((9, 0), torch.float32, 3))
+    yield replace(case, launch=case.launch._replace(options={**case.launch.options, "enable_fp_fusion": True}))
+
+
+def hog_launches(
+    capability: Capability,
+    dtype: torch.dtype,
+    channels: int,
+    *,
+    batch: int = 1,
+    size: int = 2000,
+    orientations: int = 9,
+    cell: tuple[int, int] = (8, 8),
+    block: tuple[int, int] = (3, 3),
+    norm: str = "L2-Hys",
+    root: bool = False,
+) -> Iterator[Case]:
+    """The three launches of a call with ``visualize``, without memory behind them."""
+    settings = Settings(orientations, cell, block, norm, root, False)
+    images = torch.empty(batch, channels, size, size, dtype=dtype, device="meta")
+    cells = images.new_empty(batch, *settings.cells_of(images), orientations, dtype=feature_dtype(images))
+    blocks = cells.new_empty(settings.features_of(images))
+    lines = torch.empty(1, 1, orientations, *cell, dtype=torch.bool, device="meta")
+    picture = cells.new_empty(batch, size, size)
+    for launch in (
+        hog.fill_cells(images, cells, settings, arithmetic_of(images, root)),
+        hog.fill_blocks(cells, blocks, settings),
+        hog.draw(cells, lines, picture, settings),
+    ):
+        name = f"{launch.kernel.fn.__name__} {list(images.shape)} {dtype} {settings}"
+        yield Case(name, launch, capability, str(dtype).removeprefix("torch."))
+
+
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +324,7 @@ def usage(case: Case) -> dict[str, Any]:
         # Not the size of the stack: ptxas sometimes reserves 8 bytes that no instruction touches.
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "shared": result.metadata.shared,
+        "fused": len(re.findall(r"\b[FD]FMA\b", code)),
         "products": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)\b", result.asm["ptx"]))),
     }
 
@@ -274,7 +334,14 @@ def output_of(tool: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    cases = {"quick": quick_cases, "all": all_cases, "planted": planted_cases}
+    cases = {
+        "quick": quick_cases,
+        "all": all_cases,
+        "planted": planted_cases,
+        "hog-quick": hog_quick_cases,
+        "hog": hog_cases,
+        "hog-planted": hog_planted_cases,
+    }
     parser = argparse.ArgumentParser()
     parser.add_argument("which", choices=cases)
     print(json.dumps([usage(case) for case in cases[parser.parse_args().which]()], indent=0))

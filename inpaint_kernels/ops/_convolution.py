@@ -15,6 +15,7 @@ from inpaint_kernels._backends import Explanation, OpBackends, Problem
 from inpaint_kernels._checks import (
     check_choice,
     check_dtype,
+    check_pair,
     check_range,
     check_same_device,
     check_same_dtype,
@@ -88,9 +89,9 @@ def make_geometry(
     upsample: int = 1,
 ) -> Geometry:
     """The geometry of these arguments, or an error."""
-    steps = _pair("stride", stride, 1)
-    border = _pair("padding", padding, 0)
-    rates = _pair("dilation", dilation, 1)
+    steps = check_pair("stride", stride, 1)
+    border = check_pair("padding", padding, 0)
+    rates = check_pair("dilation", dilation, 1)
     check_padding_mode(padding_mode)
     check_choice("upsample", upsample, (1, 2))
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
@@ -112,18 +113,6 @@ def make_geometry(
         )
     pad = (border[0], border[0], border[1], border[1])
     return Geometry(steps, pad, rates, groups, upsample, padding_mode == "reflect")
-
-
-def _pair(name: str, value: Pair, minimum: int) -> tuple[int, int]:
-    """(rows, columns) of an integer or of a pair."""
-    if not isinstance(value, (tuple, list)):
-        check_range(name, value, minimum=minimum, integer=True)
-        return (value, value)
-    if len(value) != 2:
-        raise ValueError(f"{name}: expected an integer or a pair (rows, columns), got {value}")
-    for part in value:
-        check_range(name, part, minimum=minimum, integer=True)
-    return (value[0], value[1])
 
 
 def _same_tf(size: int, reach: int, stride: int) -> tuple[int, int]:

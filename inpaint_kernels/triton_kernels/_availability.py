@@ -1,4 +1,4 @@
-"""Why Triton's convolutions cannot run: found out without importing Triton."""
+"""Why Triton's kernels cannot run: found out without importing Triton."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ LEAST_CAPABILITY = (8, 0)
 
 def reasons(x: Tensor, groups: int) -> list[str]:
     """Why Triton cannot convolve ``x`` with this many groups; empty if it can."""
-    found = []
-    if not _triton_is_installed():
-        found.append("the package triton is not installed")
-    if not x.is_cuda:
-        found.append(f"x is on {x.device.type}, Triton's kernels run on CUDA")
-    elif torch.version.hip is not None:
-        found.append("this torch is built for ROCm, where the kernels have never run")
-    elif torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
-        found.append("the GPU's compute capability is below 8.0")
+    found = missing(x.device)
     if x.dtype not in DTYPES:
         found.append(f"{x.dtype} is not among float32, float16, bfloat16")
     if groups != 1:
         found.append(f"groups is {groups}, the kernels take 1")
+    return found
+
+
+def missing(device: torch.device) -> list[str]:
+    """What keeps every Triton kernel from running on a device; empty if nothing does."""
+    found = []
+    if not _triton_is_installed():
+        found.append("the package triton is not installed")
+    if device.type != "cuda":
+        found.append(f"x is on {device.type}, Triton's kernels run on CUDA")
+    elif torch.version.hip is not None:
+        found.append("this torch is built for ROCm, where the kernels have never run")
+    elif torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        found.append("the GPU's compute capability is below 8.0")
     return found
 
 

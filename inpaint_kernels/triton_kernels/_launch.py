@@ -15,7 +15,7 @@ _LARGEST_INT32_TENSOR = 2**31 - 2**20
 """Elements of a tensor that 32-bit offsets reach, masked ones just beyond its end included."""
 
 COMMON_OPTIONS = {"enable_fp_fusion": True}
-"""The default of Triton up to 3.9, which 3.9 warns of and 3.10 changes."""
+"""The default of Triton up to 3.9, which 3.9 warns of and 3.10 changes. A launch may have its own."""
 
 
 class Launch(NamedTuple):
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
         grid: number of programs.
         arguments: tensors, numbers, and None for a tensor that is not there.
         constants: compile-time parameters.
-        options: warps and stages.
+        options: warps, stages, and what is not as in COMMON_OPTIONS.
     """
 
     kernel: Any
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
     @property
     def keywords(self) -> dict[str, Any]:
         """All that the kernel is called with."""
-        return {**self.arguments, **self.constants, **self.options, **COMMON_OPTIONS}
+        return {**self.arguments, **self.constants, **COMMON_OPTIONS, **self.options}
 
     def run(self) -> None:
         """Launch on the device of the tensors, in its current stream."""
@@ -70,4 +70,10 @@ class Layout(Enum):
 
 def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether offsets into one of the tensors exceed 32 bits."""
-    return any(tensor is not None and tensor.numel() > _LARGEST_INT32_TENSOR for tensor in tensors)
+    return any(tensor is not None and _reach(tensor) > _LARGEST_INT32_TENSOR for tensor in tensors)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Elements of memory from the first to the last of a tensor: more than it has, where it is not dense."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() > 0 else 0
