@@ -7,7 +7,8 @@ PyTorch: one matrix product for the search, then a step per masked position. The
 at 250x250 it would take 74 GB and stays out. Its gradient is what ours computes by default, so forward+backward races
 the same numbers.
 
-The gate is the reference in float64; at 250x250 it holds for the first 256 masked positions.
+The gate is the reference in float64; at 250x250 it holds for the first 256 masked positions. Rows behind a query whose
+two best scores are equal to rounding are left out: whichever is taken is right, and the two vectors may differ much.
 """
 
 from __future__ import annotations
