@@ -32,7 +32,7 @@ BARS = (
 )
 INK, MUTED, ACCENT, BACKGROUND = "#1f2933", "#9aa5b1", "#0b7285", "#ffffff"
 WIDTH, HEIGHT, DPI = 12.0, 3.9, 100
-BRIGHTEST = 0.35
+BRIGHTEST = 0.2
 """Share of the picture's largest value that is drawn white: few cells have it."""
 
 
@@ -55,7 +55,7 @@ def draw(races: report.Races, path: Path) -> None:
     )
     left.imshow(photo)
     left.set_title("photo, 512 x 512", fontsize=10)
-    middle.imshow(picture, cmap="gray", vmax=BRIGHTEST * picture.max(), interpolation="nearest")
+    middle.imshow(picture, cmap="gray", vmax=BRIGHTEST * picture.max(), interpolation="antialiased")
     middle.set_title("inpaint_kernels.hog(photo, visualize=True)", fontsize=10)
     for axes in (left, middle):
         axes.axis("off")
@@ -86,7 +86,7 @@ def draw_bars(axes: Any, races: report.Races) -> None:
     longest = max(contender.wall for _, contender in timed) * 1e3
     axes.set(xscale="log", xlim=(0.03, 6 * longest))
     ratios = [races_of[report.SKIMAGE].times_slower_than(races_of[report.OURS]) for races_of in (contenders, pictured)]
-    axes.set_title("{:.0f}x and, with picture, {:.0f}x as fast as scikit-image".format(*ratios), fontsize=10)
+    axes.set_title("{:.0f}x scikit-image's speed, {:.0f}x with picture".format(*ratios), fontsize=10, loc="right")
     axes.set_xticks([])
     axes.minorticks_off()
     axes.tick_params(length=0)
