@@ -136,8 +136,8 @@ def test_every_sample_has_its_own_hole(layout, variant):
 @needs_emulation
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dtypes(dtype, tolerance, variant, layout):
+def test_dtypes(dtype, tolerance, variant):
+    layout = torch.channels_last if variant == "paper" else torch.contiguous_format
     x = make_features(2, 40, 12, 13, dtype=dtype).to(memory_format=layout)
     check_forward(x, make_flags((12, 13), "box", "nearly full"), variant, tolerance)
 
@@ -506,9 +506,8 @@ def check_backward(
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("hole", HOLES)
-@pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_gradients_equal_the_references(size, hole, variant, gradient):
-    check_backward(make_features(1, 5, *size), make_flags(size, hole), variant, gradient, 1e-11)
+def test_gradients_equal_the_references(hole, variant, gradient):
+    check_backward(make_features(1, 5, 9, 20), make_flags((9, 20), hole), variant, gradient, 1e-11)
 
 
 @needs_emulation

@@ -31,9 +31,9 @@ SMALL_TILE, LARGE_TILE = (32, 64), (128, 128)
 LEAST_FILTERED_FLOPS = 1e9
 """From so many operations on, tensor cores filter the search.
 
-Measured on no GPU yet; for an H200 the fixed-order search takes FLOPs / 35e12, 29 us at this size. The filter takes
-FLOPs / 400e12, the products once written and twice read at 4.8e12 bytes per second, and eight launches of 3 us: 28 us
-for 1,024 keys and 950 queries of 512 channels. Above, the first grows ten times as fast.
+By estimate, not yet measured: on an H200 the fixed-order search takes FLOPs / 35e12, 29 us at this size. The filter
+takes FLOPs / 400e12, the products once written and twice read at 4.8e12 bytes per second, and eight launches of 3 us:
+28 us for 1,024 keys and 950 queries of 512 channels. Above, the first grows ten times as fast.
 """
 
 PRODUCT_BYTES = 64 << 20
@@ -336,9 +336,9 @@ def product_error(channels: int) -> float:
     Operands are vectors over their lengths, 1 long at most; the keys' factor is the float32 that the search multiplies
     by. In half precision each element is off by 2^-11 of itself, or by 2^-25 where it is tiny, and by 2^-24 from the
     factor, so by Cauchy and Schwarz a product is off by 2^-11 + 2^-24 + 2^-25 sqrt(C) from either operand. Tensor cores
-    add at most C numbers no larger than the sum of all magnitudes, which is at most 1; each addition may cut off what
-    is below 2^-22 of that (they align the terms of a group and truncate, to at least 24 bits). The search itself rounds
-    C times by 2^-24, and its length of a vector is off by C 2^-25 at most, by which operands may be longer than 1.
+    add C numbers whose magnitudes sum up to 1 at most, and each addition may cut off what is below 2^-22 of that: they
+    align the terms of a group and truncate, to at least 24 bits. The search itself rounds C times by 2^-24, and its
+    length of a vector is off by C 2^-25 at most, by which operands may be longer than 1.
     """
     operand = 2.0**-11 + 2.0**-25 * math.sqrt(channels) + 2.0**-24
     sums = channels * (2.0**-22 + 2.0**-24) + 2.0**-22
