@@ -201,7 +201,7 @@ def smallest_calls(device: str) -> list[str]:
                 arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
             result = getattr(importlib.import_module("inpaint_kernels"), op)(*arguments)
             output = result if isinstance(result, Tensor) else result[0]
-            if differentiable:
+            if output.requires_grad:  # that of an image of integers does not
                 output.sum().backward()
         done.append(op)
     if _native.available("contextual_attention_key_norm", "CUDA" if device == "cuda" else "CPU"):
