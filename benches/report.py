@@ -155,9 +155,7 @@ def summary(races: Races) -> str:
     """The tables for the README: attention, and the convolutions of whole networks."""
     layers = {case: contenders for case, contenders in races.items() if _is_layer(contenders)}
     attention = {
-        case: contenders
-        for case, contenders in races.items()
-        if _facts(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
+        case: contenders for case, contenders in races.items() if _facts(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
     }
     parts = [_attention_summary(attention)] if attention or not layers else []
     return "\n\n".join([*parts, _network_summary(layers)] if layers else parts)
