@@ -37,8 +37,9 @@ PADDING_MODES = ("zeros", "reflect", "same_tf")
 
 GEOMETRY_SCHEMA = "int[2] stride, SymInt[4] pad, int[2] dilation, int groups"
 
-# A weight of so many elements leaves the caches while the outputs are computed row by row. Where they are few, all of
-# them are computed with one part of the weight before the next one, by the products of the definition (FEW).
+# A weight of so many elements leaves the caches while outputs are computed row by row. Few ones are all computed with
+# one part of the weight before the next is read, without Winograd's transforms, which make the weight larger. Measured
+# with the layers of the partial convolution U-Net at 512 x 512: with stride 1 at 64 outputs, with stride 2 up to 1,024.
 _LARGE_WEIGHT = 1 << 18
 _FEW_OUTPUTS, _FEW_WINOGRAD_OUTPUTS = 1024, 64
 
