@@ -8,7 +8,8 @@
 
 // ---- glibc ---------------------------------------------------------------------------------------------------------
 // glibc 2.34 moved the functions below from libdl, libpthread and librt into libc and gave them a second, newer symbol
-// version, which the linker prefers. The old version is still there and is the same function. For each line here
+// version, which the linker prefers; 2.35 did so with hypot, whose old version sets errno beside. The old version is
+// still there and is the same function, with the same results. For each line here
 // setup.py passes --wrap=<name> to the linker, so that every call, the CUDA runtime's too, goes to __wrap_<name>, which
 // jumps to the old version.
 
@@ -29,6 +30,7 @@ INPAINT_OLD_SYMBOL(dlmopen, "GLIBC_2.3.4");
 INPAINT_OLD_SYMBOL(dlopen, "GLIBC_2.2.5");
 INPAINT_OLD_SYMBOL(dlsym, "GLIBC_2.2.5");
 INPAINT_OLD_SYMBOL(dlvsym, "GLIBC_2.2.5");
+INPAINT_OLD_SYMBOL(hypot, "GLIBC_2.2.5");
 INPAINT_OLD_SYMBOL(pthread_condattr_setpshared, "GLIBC_2.2.5");
 INPAINT_OLD_SYMBOL(pthread_create, "GLIBC_2.2.5");
 INPAINT_OLD_SYMBOL(pthread_detach, "GLIBC_2.2.5");
