@@ -30,7 +30,7 @@ constexpr int64_t kTileBytes = 384 << 10;    // Winograd's transformed inputs
 // With vectors of 32 bytes a product needs twice the loads, which only the first-level cache delivers in time.
 constexpr int64_t kNarrowWeightBytes = 16 << 10;
 constexpr int64_t kMostTiles = 64;
-constexpr int64_t kLargeWeightBytes = 2 << 20, kKeptBytes = 16 << 20;  // a weight, and tiles that are kept for it
+constexpr int64_t kLargeWeightBytes = 3 << 20, kKeptBytes = 16 << 20;  // a weight, and tiles that are kept for it
 constexpr int64_t kBands = 8;                                          // pieces of the height, for threads to share
 constexpr int64_t kSmallestBand = 2, kLargestBand = 32;
 // Sums that begin with nothing.
