@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benches.coherent_case import CoherentCase
-from benches.conftest import CLOCK, Race, peers_folder
+from benches.conftest import CLOCK, Race, parametrize_races, peers_folder
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -40,14 +40,7 @@ def _cases(peers: Path | None) -> list[CoherentCase]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_naive
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in _cases(peers_folder(metafunc.config))
-        for name in case.provider_names
-        if not needs_baseline or case.baseline not in (None, name)
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, _cases(peers_folder(metafunc.config)), test_ratio_to_naive)
 
 
 def test_seconds(case: CoherentCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

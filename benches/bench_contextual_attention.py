@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches.conftest import CLOCK, Race, peers_folder
+from benches.conftest import CLOCK, Race, parametrize_races, peers_folder
 from benches.harness import Outputs, Provider
 from benches.peers import available_ports, load_port
 from inpaint_kernels import contextual_attention
@@ -339,14 +339,7 @@ def _cases(peers: Path | None) -> list[AttentionCase]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_naive
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in _cases(peers_folder(metafunc.config))
-        for name in case.provider_names
-        if not needs_baseline or case.baseline not in (None, name)
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, _cases(peers_folder(metafunc.config)), test_ratio_to_naive)
 
 
 def test_seconds(case: AttentionCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from benches.conftest import CLOCK, Race
+from benches.conftest import CLOCK, Race, parametrize_races
 from benches.hog_case import HogCase
 
 if TYPE_CHECKING:
@@ -32,14 +32,7 @@ CASES: Final = [
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_scikit_image
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in CASES
-        for name in case.provider_names
-        if not needs_baseline or case.baseline != name
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, CASES, test_ratio_to_scikit_image)
 
 
 def test_seconds(case: HogCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches.conftest import CLOCK, Race
+from benches.conftest import CLOCK, Race, parametrize_races
 from benches.harness import Outputs, Provider
 from inpaint_kernels import match_patches
 from inpaint_kernels.reference import match_patches as reference
@@ -143,14 +143,7 @@ CASES = (MatchCase(32), MatchCase(64), MatchCase(96), MatchCase(256, queries=(11
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_naive
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in CASES
-        for name in case.provider_names
-        if not needs_baseline or case.baseline not in (None, name)
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, CASES, test_ratio_to_naive)
 
 
 def test_seconds(case: MatchCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benches.conftest import CLOCK, Race
+from benches.conftest import CLOCK, Race, parametrize_races
 from benches.convolution_case import PCONV_UNET, ConvolutionCase, cases_of
 
 if TYPE_CHECKING:
@@ -25,14 +25,7 @@ CASES = cases_of(PCONV_UNET, sizes=(512,))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_eager
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in CASES
-        for name in case.provider_names
-        if not needs_baseline or case.baseline != name
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, CASES, test_ratio_to_eager)
 
 
 def test_seconds(case: ConvolutionCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches.conftest import CLOCK, Race
+from benches.conftest import CLOCK, Race, parametrize_races
 from benches.harness import Outputs, Provider
 from benches.hole_case import BACKENDS, CHANNELS, NAIVE, HoleCase
 from inpaint_kernels import patch_vote
@@ -75,14 +75,7 @@ CASES = [PatchVoteCase(256, 64), PatchVoteCase(1000, 200), PatchVoteCase(2000, 4
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_naive
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}")
-        for case in CASES
-        for name in case.provider_names
-        if not needs_baseline or case.baseline not in (None, name)
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, CASES, test_ratio_to_naive)
 
 
 def test_seconds(case: PatchVoteCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

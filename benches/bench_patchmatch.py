@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches.conftest import CLOCK, Race
+from benches.conftest import CLOCK, Race, parametrize_races
 from benches.harness import Outputs, Provider
 from benches.hole_case import BACKENDS, CHANNELS, NAIVE, HoleCase
 from inpaint_kernels import patchmatch
@@ -33,6 +33,10 @@ class PatchMatchCase(HoleCase):
     """One race: the queries of a hole against the keys of a photo, both square."""
 
     op = "patchmatch"
+
+    @property
+    def slow(self) -> bool:
+        return self.photo > 1000
 
     @property
     def baseline(self) -> str | None:
@@ -79,14 +83,7 @@ CASES = [PatchMatchCase(128, 40), PatchMatchCase(256, 72), PatchMatchCase(1000, 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    needs_baseline = metafunc.function is test_ratio_to_naive
-    parameters = [
-        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.photo > 1000 else [])
-        for case in CASES
-        for name in case.provider_names
-        if not needs_baseline or case.baseline not in (None, name)
-    ]
-    metafunc.parametrize(("case", "provider"), parameters)
+    parametrize_races(metafunc, CASES, test_ratio_to_naive)
 
 
 def test_seconds(case: PatchMatchCase, provider: str, race: Race, benchmark: BenchmarkFixture) -> None:

@@ -21,10 +21,10 @@ fails when a median ratio has grown by more than 15 %.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -62,6 +62,32 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 def peers_folder(config: pytest.Config) -> Path | None:
     folder = config.getoption("--peers") or os.environ.get("INPAINT_PEERS")
     return Path(folder) if folder else None
+
+
+class EnteredCase(Case, Protocol):
+    """A case that knows who takes part, and whether its race is too long for a quick run."""
+
+    @property
+    def provider_names(self) -> Sequence[str]:
+        """The field; without the baseline where there is none."""
+        ...
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is marked so."""
+        ...
+
+
+def parametrize_races(metafunc: pytest.Metafunc, cases: Iterable[EnteredCase], ratio_test: Callable[..., None]) -> None:
+    """Make a benchmark of every provider of every case; ``ratio_test`` takes those that have a baseline beside them."""
+    needs_baseline = metafunc.function is ratio_test
+    parameters = [
+        pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] if case.slow else [])
+        for case in cases
+        for name in case.provider_names
+        if not needs_baseline or case.baseline not in (None, name)
+    ]
+    metafunc.parametrize(("case", "provider"), parameters)
 
 
 @dataclass

@@ -27,6 +27,10 @@ class HoleCase:
         raise NotImplementedError
 
     @property
+    def slow(self) -> bool:
+        return False
+
+    @property
     def provider_names(self) -> list[str]:
         return [name for name in BACKENDS if name != NAIVE or self.baseline]
 

@@ -129,8 +129,8 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "Tensor? residual, Tensor(a!) y) -> ()");
   m.def(
       "partial_conv2d(Tensor x, Tensor mask, Tensor segments, Tensor weight, Tensor packed, Tensor? bias, int "
-      "stride_y, "
-      "int stride_x, int pad_top, int pad_left, int dilation_y, int dilation_x, bool few_outputs, Tensor scale, "
+      "stride_y, int stride_x, int pad_top, int pad_left, int dilation_y, int dilation_x, bool few_outputs, Tensor "
+      "scale, "
       "Tensor shift, Tensor(a!) y) -> ()");
 
   // csrc/cpu/hog: lines [ky, kx, n, cell rows, cell columns] bool -> features, and the picture or an empty tensor.

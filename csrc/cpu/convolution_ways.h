@@ -560,6 +560,7 @@ using GatheredSingle = Gathered<SingleProducts<T>, Element>;
   INPAINT_RUN_PIECE_VERSIONS(DirectSingle, T, Element)   \
   INPAINT_RUN_PIECE_VERSIONS(GatheredSingle, T, Element) \
   INPAINT_RUN_PIECE_VERSIONS(Winograd, T, Element)
+
 template <class Way, class Convolution>
 void run_pieces(const Convolution& convolution) {
   if (convolution.batch == 0 || convolution.weight.rows == 0) return;

@@ -23,6 +23,7 @@ from inpaint_kernels._checks import (
 )
 from inpaint_kernels._compile import constant_for_compile
 from inpaint_kernels._packed_weights import PACKED_WEIGHTS
+from inpaint_kernels.ops._common import always
 from inpaint_kernels.portable._convolution import Activation, Geometry, layout_of
 
 P = ParamSpec("P")
@@ -142,23 +143,6 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for this call's gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def only_computes(*tensors: Tensor | None) -> bool:
-    """Whether nobody but the kernel looks at a call that wants no gradient: no compilation, tracing or subclass.
-
-    The dispatcher and autograd layers of a Python op cost 20 us a call, as much as a kernel on a small map.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and all(t is None or ((type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta) for t in tensors)
-    )
-
-
 def geometry_arguments(geometry: Geometry) -> tuple[Any, ...]:
     """The geometry in the order of :data:`GEOMETRY_SCHEMA`."""
     return geometry.stride, geometry.pad, geometry.dilation, geometry.groups
@@ -261,9 +245,7 @@ class ConvolutionBackends(OpBackends[C]):
         def cpu(problem: C) -> list[str]:
             return _cpu_reasons(op, problem)
 
-        super().__init__(
-            op, prepare, {"cpu": cpu, "triton": _triton_reasons, "portable": _always, "reference": _always}
-        )
+        super().__init__(op, prepare, {"cpu": cpu, "triton": _triton_reasons, "portable": always, "reference": always})
 
     def explain(self, problem: C, requested: str | None = None) -> Explanation:
         """As in :class:`OpBackends`, with Triton's way."""
@@ -271,20 +253,6 @@ class ConvolutionBackends(OpBackends[C]):
         way = _triton_way(problem) if "triton" in plain.usable else ""
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
         return ConvolutionExplanation(**fields, triton_way=way)
-
-
-class CpuWeight(NamedTuple):
-    """What the CPU kernels take for a weight: its shape, and its values packed as they read them.
-
-    Attributes:
-        weight: [O, Cin, kh, kw], only the shape is read.
-        packed: bytes.
-        few_outputs: how it was packed.
-    """
-
-    weight: Tensor
-    packed: Tensor
-    few_outputs: bool
 
 
 class _CpuPacking(NamedTuple):
@@ -298,16 +266,18 @@ class _CpuPacking(NamedTuple):
 
 def cpu_weight(
     x: Tensor, weight: Tensor, geometry: Geometry, *, gated: bool = False, gate_first: bool = False
-) -> CpuWeight:
-    """The weight of a call for the CPU kernels, packed now or when the same values were last used."""
+) -> tuple[Tensor, bool]:
+    """The weight of a call for the CPU kernels, packed now or when the same values were last used: bytes.
+
+    And whether it was packed for few outputs. Of the weight itself the kernels read the shape only.
+    """
     height, width = geometry.output_of(x, weight)
     unit_stride = geometry.stride == (1, 1)
     winograd = unit_stride and weight.shape[2:] == (3, 3)
     most = _FEW_WINOGRAD_OUTPUTS if winograd else _FEW_OUTPUTS
     few_outputs = weight.numel() >= _LARGE_WEIGHT and x.shape[0] * height * width <= most
     packing = _CpuPacking(gated, gate_first, unit_stride, few_outputs)
-    packed = PACKED_WEIGHTS.get(weight, packing, _pack_cpu_weight, _digest)
-    return CpuWeight(weight, packed, few_outputs)
+    return PACKED_WEIGHTS.get(weight, packing, _pack_cpu_weight, _digest), few_outputs
 
 
 def _pack_cpu_weight(weight: Tensor, packing: _CpuPacking) -> Tensor:
@@ -348,10 +318,6 @@ def _triton_lacks_once(device: torch.device, dtype: torch.dtype) -> tuple[str, .
 
 def _one_group(problem: ConvolutionProblem) -> list[str]:
     return [] if problem.geometry.groups == 1 else ["the kernel takes groups=1 only"]
-
-
-def _always(problem: Any) -> list[str]:
-    return []
 
 
 def _triton_way(problem: ConvolutionProblem) -> str:

@@ -11,10 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_choice, check_floating, check_range, check_shape, check_tensor
 from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
+from inpaint_kernels.ops._common import (
+    accumulation_dtype,
+    always,
+    cpu_reasons,
+    cuda_reasons,
+    only_computes,
+    wants_gradient,
+)
 from inpaint_kernels.portable import coherent_semantic_attention as portable
 from inpaint_kernels.reference import coherent_semantic_attention as reference
 
@@ -166,26 +173,17 @@ def coherent_semantic_attention(
     """
     problem = _prepare(x, mask_flags, variant=variant, gradient=gradient, triple_weight=triple_weight)
     backend = BACKENDS.choose(problem, backend)
-    only_computes = _only_computes(x)
     if not return_attention and not torch.compiler.is_compiling() and not problem.flags.any():
         return x
-    call = _forward if only_computes else torch.ops.inpaint_kernels.coherent_semantic_attention
+    call = _forward if _is_plain(x) else torch.ops.inpaint_kernels.coherent_semantic_attention
     output, index, alpha, beta, _ = call(*problem, backend)
     return CoherentSemanticAttentionResult(output, index, alpha, beta) if return_attention else output
 
 
-def _only_computes(x: Tensor) -> bool:
-    """Whether nobody but the kernel looks at this call: no gradient, autocast, compilation, tracing or subclass.
-
-    The dispatcher, autograd and autocast layers of a Python op cost 20 us a call, as much as a kernel on a small map.
-    """
-    return (
-        type(x) is Tensor
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
-        and not torch._C._len_torch_dispatch_stack()
-    )
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody but the kernel looks at this call, neither autograd nor autocast."""
+    device = "cpu" if x.is_cpu else x.device.type
+    return only_computes(x) and not wants_gradient(x) and not torch.is_autocast_enabled(device)
 
 
 # 2. Checks ------------------------------------------------------------------------------------------------------------
@@ -301,7 +299,7 @@ def _empty_weights(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Index, alpha, beta and total, not filled."""
     shape = (x.shape[0], x.shape[2], x.shape[3])
     index = x.new_empty(shape, dtype=torch.int64)
-    alpha, beta, total = (x.new_empty(shape, dtype=_accumulation_dtype(x)) for _ in range(3))
+    alpha, beta, total = (x.new_empty(shape, dtype=accumulation_dtype(x)) for _ in range(3))
     return index, alpha, beta, total
 
 
@@ -309,43 +307,18 @@ def _empty_weights(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
-    if not problem.x.is_cpu:
-        return [f"the tensors are on {problem.x.device}, not on the CPU"]
-    missing = _native.why_not("coherent_semantic_attention_forward", "CPU")
-    return [] if missing is None else [missing]
+    return cpu_reasons("coherent_semantic_attention_forward", problem.x)
 
 
 def _cuda_reasons(problem: _Problem) -> list[str]:
-    if not problem.x.is_cuda:
-        return [f"the tensors are on {problem.x.device}, not on a CUDA device"]
-    missing = _native.why_not("coherent_semantic_attention_search", "CUDA")
-    if missing is None:
-        missing = _native.gpu_reason(problem.x.device.index)
-    return [] if missing is None else [missing]
-
-
-def _portable_reasons(problem: _Problem) -> list[str]:
-    return []
-
-
-def _reference_reasons(problem: _Problem) -> list[str]:
-    return []  # on request at any size; automatic choice never gets here, portable always runs
+    return cuda_reasons("coherent_semantic_attention_search", problem.x)
 
 
 BACKENDS = OpBackends(
     "coherent_semantic_attention",
     _prepare,
-    {
-        "cpu": _cpu_reasons,
-        "cuda": _cuda_reasons,
-        "portable": _portable_reasons,
-        "reference": _reference_reasons,
-    },
+    {"cpu": _cpu_reasons, "cuda": _cuda_reasons, "portable": always, "reference": always},
 )
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -368,7 +341,7 @@ def _dense_forward(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
     """For kernels in plain torch, which take contiguous maps in the dtype that sums accumulate in."""
 
     def forward(x: Tensor, flags: Tensor, variant: str) -> tuple[Tensor, ...]:
-        output, *weights = kernel(_dense(x, _accumulation_dtype(x)), flags, variant)
+        output, *weights = kernel(_dense(x, accumulation_dtype(x)), flags, variant)
         return torch.empty_like(x).copy_(output), *weights
 
     return forward
@@ -376,8 +349,8 @@ def _dense_forward(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., t
 
 def _dense_backward(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def backward(grad: Tensor, x: Tensor, flags: Tensor, output: Tensor, *rest: Any) -> Tensor:
-        maps = (_dense(one, _accumulation_dtype(x)) for one in (grad, x))
-        grad_x = kernel(*maps, flags, _dense(output, _accumulation_dtype(x)), *rest)
+        maps = (_dense(one, accumulation_dtype(x)) for one in (grad, x))
+        grad_x = kernel(*maps, flags, _dense(output, accumulation_dtype(x)), *rest)
         return torch.empty_like(x).copy_(grad_x)
 
     return backward

@@ -19,6 +19,7 @@ from inpaint_kernels._checks import (
     check_shape,
 )
 from inpaint_kernels.cuda_kernels import contextual_attention as cuda_kernels
+from inpaint_kernels.ops._common import accumulation_dtype, always, cpu_reasons, cuda_reasons
 from inpaint_kernels.ops._contextual_attention_presets import (
     PRESETS,
     ContextualAttentionPreset,
@@ -325,7 +326,7 @@ def _fake_forward(
     return (
         value.new_empty(batch, value.shape[1], rate * height, rate * width),
         query.new_empty(match_shape, dtype=torch.int64),
-        query.new_empty(match_shape, dtype=_accumulation_dtype(query)),
+        query.new_empty(match_shape, dtype=accumulation_dtype(query)),
     )
 
 
@@ -355,11 +356,9 @@ def _prepare(
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
-    if not problem.query.is_cpu:
-        return [f"the tensors are on {problem.query.device}, not on the CPU"]
-    missing = _native.why_not("contextual_attention_forward", "CPU")
-    if missing is not None:
-        return [missing]
+    reasons = cpu_reasons("contextual_attention_forward", problem.query)
+    if reasons:
+        return reasons
     halo = problem.semantics.fuse // 2
     if halo > 1 and min(*problem.query.shape[2:], *problem.key.shape[2:]) < halo:
         return [f"a matching grid is smaller than fuse // 2 = {halo}"]
@@ -367,21 +366,8 @@ def _cpu_reasons(problem: _Problem) -> list[str]:
 
 
 def _cuda_reasons(problem: _Problem) -> list[str]:
-    if not problem.query.is_cuda:
-        return [f"the tensors are on {problem.query.device}, not on a CUDA device"]
     is_bfloat16 = problem.query.dtype == torch.bfloat16
-    missing = _native.why_not("contextual_attention_scores", "CUDA")
-    if missing is None:
-        missing = _native.gpu_reason(problem.query.device.index, is_bfloat16)
-    return [] if missing is None else [missing]
-
-
-def _portable_reasons(problem: _Problem) -> list[str]:
-    return []
-
-
-def _reference_reasons(problem: _Problem) -> list[str]:
-    return []  # on request at any size; automatic choice never gets here, portable always runs
+    return cuda_reasons("contextual_attention_scores", problem.query, bfloat16=is_bfloat16)
 
 
 def _scalars(s: ContextualAttentionPreset) -> tuple[Any, ...]:
@@ -392,19 +378,10 @@ def _scalars(s: ContextualAttentionPreset) -> tuple[Any, ...]:
     )
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 BACKENDS = OpBackends(
     "contextual_attention",
     _prepare,
-    {
-        "cpu": _cpu_reasons,
-        "cuda": _cuda_reasons,
-        "portable": _portable_reasons,
-        "reference": _reference_reasons,
-    },
+    {"cpu": _cpu_reasons, "cuda": _cuda_reasons, "portable": always, "reference": always},
 )
 
 
@@ -441,7 +418,7 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
 @torch.library.impl(_library, "contextual_attention", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     valid, key_scale, key_bias, selected, *semantics, backend = rest
-    dtype = _accumulation_dtype(query)
+    dtype = accumulation_dtype(query)
     maps = _MAPS.get(backend, _dense_maps)
     per_position = _dense_per_position(dtype, valid, key_scale, key_bias, selected)
     output, index, maximum = _FORWARD[backend](*maps(dtype, query, key, value), *per_position, *semantics)
@@ -451,7 +428,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
 @torch.library.impl(_library, "contextual_attention_backward", "CompositeExplicitAutograd")
 def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, backend = rest
-    dtype = _accumulation_dtype(query)
+    dtype = accumulation_dtype(query)
     maps = _dense_maps_as_they_are if backend == "cuda" else _dense_maps
     dquery, dkey, dvalue = _BACKWARD[backend](
         grad.to(dtype).contiguous(),

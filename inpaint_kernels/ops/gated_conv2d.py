@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inpaint_kernels._checks import check_choice, check_same_device, check_same_dtype, check_shape
+from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
     ConvolutionBackends,
@@ -24,9 +25,7 @@ from inpaint_kernels.ops._convolution import (
     gradients,
     like,
     make_geometry,
-    only_computes,
     outside_autocast,
-    wants_gradient,
 )
 from inpaint_kernels.portable import gated_conv2d as portable
 from inpaint_kernels.portable._convolution import Activation, Geometry, convolution_backward, empty_maps
@@ -277,17 +276,17 @@ def _cpu(
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
     pre = empty_maps(x, weight.shape[0], size) if keep else None
-    packed = cpu_weight(x, weight, geometry, gated=True, gate_first=gate_first)
+    packed, few_outputs = cpu_weight(x, weight, geometry, gated=True, gate_first=gate_first)
     torch.ops.inpaint_native.gated_conv2d(
         x,
-        packed.weight,
-        packed.packed,
+        weight,
+        packed,
         bias,
         *geometry.stride,
         geometry.pad[0],
         geometry.pad[2],
         *geometry.dilation,
-        packed.few_outputs,
+        few_outputs,
         geometry.upsample,
         geometry.reflect,
         *activation,

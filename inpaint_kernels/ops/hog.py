@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_choice, check_dtype, check_pair, check_range, check_tensor
 from inpaint_kernels._compile import constant_for_compile
-from inpaint_kernels.ops._convolution import only_computes, wants_gradient
+from inpaint_kernels.ops._common import always, cpu_reasons, only_computes, wants_gradient
 from inpaint_kernels.portable import hog as portable
 from inpaint_kernels.portable.hog import Settings, feature_dtype
 from inpaint_kernels.reference import hog as reference
@@ -259,10 +258,7 @@ def _fake_backward(grad_features: Tensor | None, grad_image: Tensor | None, imag
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
-    if problem.images.device.type != "cpu":
-        return [f"the tensors are on {problem.images.device}, not on the CPU"]
-    why = _native.why_not("hog", "CPU")
-    return [] if why is None else [why]
+    return cpu_reasons("hog", problem.images)
 
 
 def _triton_reasons(problem: _Problem) -> list[str]:
@@ -292,14 +288,10 @@ def _triton_lacks_once(device: torch.device) -> tuple[str, ...]:
     return tuple(_availability.missing(device))
 
 
-def _always(problem: _Problem) -> list[str]:
-    return []
-
-
 BACKENDS = OpBackends(
     "hog",
     _prepare,
-    {"cpu": _cpu_reasons, "triton": _triton_reasons, "portable": _always, "reference": _always},
+    {"cpu": _cpu_reasons, "triton": _triton_reasons, "portable": always, "reference": always},
 )
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import (
     check_dtype,
@@ -17,6 +16,7 @@ from inpaint_kernels._checks import (
     check_same_dtype,
     check_shape,
 )
+from inpaint_kernels.ops._common import accumulation_dtype, always, cpu_reasons
 from inpaint_kernels.ops.contextual_attention import Box, query_mask
 from inpaint_kernels.portable import match_patches as portable
 from inpaint_kernels.reference import match_patches as reference
@@ -156,24 +156,17 @@ _library.define(
 @torch.library.register_fake("inpaint_kernels::match_patches", lib=_library)
 def _fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[2], query.shape[3])
-    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=_accumulation_dtype(query))
+    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=accumulation_dtype(query))
 
 
 # 5. Backends ----------------------------------------------------------------------------------------------------------
 
 
 def _cpu_reasons(problem: _Problem) -> list[str]:
-    if problem.query.device.type != "cpu":
-        return [f"the tensors are on {problem.query.device}, not on the CPU"]
-    why = _native.why_not("match_patches", "CPU")
-    return [] if why is None else [why]
+    return cpu_reasons("match_patches", problem.query)
 
 
-def _always(problem: _Problem) -> list[str]:
-    return []
-
-
-BACKENDS = OpBackends("match_patches", _prepare, {"cpu": _cpu_reasons, "portable": _always, "reference": _always})
+BACKENDS = OpBackends("match_patches", _prepare, {"cpu": _cpu_reasons, "portable": always, "reference": always})
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
@@ -181,10 +174,6 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _KERNELS = {"cpu": _cpu, "portable": portable.match_patches, "reference": reference.match_patches}
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(_library, "match_patches", "CompositeExplicitAutograd")
@@ -199,6 +188,6 @@ def _match_patches(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     def dense(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(_accumulation_dtype(query)).contiguous()
+        return None if x is None else x.to(accumulation_dtype(query)).contiguous()
 
     return _KERNELS[backend](dense(query), dense(key), valid, dense(key_scale), dense(key_bias), queries, patch)

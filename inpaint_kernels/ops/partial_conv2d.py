@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inpaint_kernels._checks import check_choice, check_range, check_same_device, check_shape
+from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
     ConvolutionBackends,
@@ -23,9 +24,7 @@ from inpaint_kernels.ops._convolution import (
     gradients,
     like,
     make_geometry,
-    only_computes,
     outside_autocast,
-    wants_gradient,
 )
 from inpaint_kernels.portable import partial_conv2d as portable
 from inpaint_kernels.portable._convolution import (
@@ -269,19 +268,19 @@ def _cpu(
     x = dense(x)
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0], size)
-    packed = cpu_weight(x, weight, geometry)
+    packed, few_outputs = cpu_weight(x, weight, geometry)
     torch.ops.inpaint_native.partial_conv2d(
         x,
         mask.to(x.dtype).contiguous(),
         torch.tensor(mask_channels, dtype=torch.int64, device="cpu"),
-        packed.weight,
-        packed.packed,
+        weight,
+        packed,
         bias,
         *geometry.stride,
         geometry.pad[0],
         geometry.pad[2],
         *geometry.dilation,
-        packed.few_outputs,
+        few_outputs,
         scale.contiguous(),
         shift.contiguous(),
         y,

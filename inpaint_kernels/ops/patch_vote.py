@@ -10,6 +10,7 @@ from torch import Tensor
 from inpaint_kernels import _native
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_dtype, check_range, check_same_device, check_same_dtype, check_shape
+from inpaint_kernels.ops._common import always
 from inpaint_kernels.portable import patch_vote as portable
 from inpaint_kernels.reference import patch_vote as reference
 
@@ -145,11 +146,7 @@ def _cpu_reasons(problem: _Problem) -> list[str]:
     return reasons
 
 
-def _always(problem: _Problem) -> list[str]:
-    return []
-
-
-BACKENDS = OpBackends("patch_vote", _prepare, {"cpu": _cpu_reasons, "portable": _always, "reference": _always})
+BACKENDS = OpBackends("patch_vote", _prepare, {"cpu": _cpu_reasons, "portable": always, "reference": always})
 
 
 def _cpu(*args: Any) -> Tensor:

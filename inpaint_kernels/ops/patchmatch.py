@@ -17,6 +17,7 @@ from inpaint_kernels._checks import (
     check_same_dtype,
     check_shape,
 )
+from inpaint_kernels.ops._common import always
 from inpaint_kernels.ops.contextual_attention import Box, query_mask
 from inpaint_kernels.ops.match_patches import PatchMatches
 from inpaint_kernels.portable import patchmatch as portable
@@ -189,11 +190,7 @@ def _cpu_reasons(problem: _Problem) -> list[str]:
     return reasons
 
 
-def _always(problem: _Problem) -> list[str]:
-    return []
-
-
-BACKENDS = OpBackends("patchmatch", _prepare, {"cpu": _cpu_reasons, "portable": _always, "reference": _always})
+BACKENDS = OpBackends("patchmatch", _prepare, {"cpu": _cpu_reasons, "portable": always, "reference": always})
 
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
