@@ -143,6 +143,8 @@ def check_range(
 
 def check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
     """(rows, columns) of an integer or of a pair of them, each at least `minimum`."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) >= minimum:
+        return value  # the usual case in one line: half a microsecond instead of two
     if not isinstance(value, (tuple, list)):
         check_range(name, value, minimum=minimum, integer=True)
         return (value, value)

@@ -116,7 +116,7 @@ def test_a_loss_of_features_goes_down(backend):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -34,6 +34,7 @@ DTYPES = (
     torch.float32,
     torch.float64,
 )
+_KNOWN_DTYPES = frozenset(DTYPES)  # a look-up; a search of the tuple costs a microsecond
 
 
 class HogResult(NamedTuple):
@@ -142,10 +143,10 @@ def hog(
     )
     backend = BACKENDS.choose(problem, backend)
     batch, settings, visualize = problem
-    call: Callable[..., tuple[Tensor, Tensor]] = torch.ops.inpaint_kernels.hog
     if only_computes(batch) and not wants_gradient(batch):
-        call = _hog
-    features, image = call(batch, *settings, visualize, backend)
+        features, image = _run(batch, settings, visualize, backend)
+    else:
+        features, image = torch.ops.inpaint_kernels.hog(batch, *settings, visualize, backend)
     if images.dim() < 4:
         features = features.flatten() if feature_vector else features[0]
         image = image[0] if visualize else image
@@ -183,7 +184,8 @@ def _prepare(
     check_tensor("images", images)
     if images.dim() not in (2, 3, 4):
         raise ValueError(f"images: expected shape [B, C, H, W], [C, H, W] or [H, W], got {list(images.shape)}")
-    check_dtype("images", images, DTYPES)
+    if images.dtype not in _KNOWN_DTYPES:
+        check_dtype("images", images, DTYPES)
     settings = check_settings(
         orientations, pixels_per_cell, cells_per_block, block_norm, visualize, transform_sqrt, target
     )
@@ -333,7 +335,11 @@ def _hog(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     settings = _settings(orientations, cell, block, block_norm, transform_sqrt, cells)
-    lines = _lines(orientations, settings.cell, images.device) if visualize else None
+    return _run(images, settings, visualize, backend)
+
+
+def _run(images: Tensor, settings: Settings, visualize: bool, backend: str) -> tuple[Tensor, Tensor]:
+    lines = _lines(settings.orientations, settings.cell, images.device) if visualize else None
     features, image = _KERNELS[backend](images, lines, settings)
     return features, features.new_empty(0) if image is None else image
 
