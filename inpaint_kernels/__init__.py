@@ -5,6 +5,7 @@ from inpaint_kernels import _native
 _native.load()
 
 from inpaint_kernels._backends import explain, use_backend  # noqa: E402
+from inpaint_kernels.acceleration import AccelerationReport, ModuleReport, accelerate, accelerated  # noqa: E402
 from inpaint_kernels.flow_color import flow_to_color  # noqa: E402
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset  # noqa: E402
 from inpaint_kernels.ops.coherent_semantic_attention import (  # noqa: E402
@@ -22,12 +23,16 @@ from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 __all__ = [
     "PRESETS",
+    "AccelerationReport",
     "CoherentSemanticAttentionResult",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
     "HogResult",
+    "ModuleReport",
     "PartialConv2dResult",
     "PatchMatches",
+    "accelerate",
+    "accelerated",
     "coherent_semantic_attention",
     "contextual_attention",
     "dilated_conv2d",

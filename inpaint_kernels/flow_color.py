@@ -50,10 +50,11 @@ def flow_to_color(offsets: Tensor) -> Tensor:
     longest = lengths.amax(1).cummax(0).values if lengths.numel() else lengths.new_zeros(len(lengths))
     rows, columns = (flow / (longest + torch.finfo(torch.float64).eps)[:, None, None, None]).unbind(1)
     wheel = _colour_wheel().to(flow.device)
-    position = (torch.atan2(-columns, -rows) / math.pi + 1) / 2 * (len(wheel) - 1)
+    # Counted from 1 and divided before it is mixed, as published: a last bit decides what a colour is rounded down to.
+    position = (torch.atan2(-columns, -rows) / math.pi + 1) / 2 * (len(wheel) - 1) + 1
     before = position.floor().long()
     fraction = (position - before)[..., None]
-    hue = (1 - fraction) * wheel[before] / 255 + fraction * wheel[(before + 1) % len(wheel)] / 255
+    hue = (1 - fraction) * (wheel[before - 1] / 255) + fraction * (wheel[before % len(wheel)] / 255)
     saturation = (rows.square() + columns.square()).sqrt()[..., None]
     colour = torch.where(saturation <= 1, 1 - saturation * (1 - hue), 0.75 * hue)
     return (255 * colour).floor().to(torch.uint8).movedim(-1, 1)

@@ -1,0 +1,127 @@
+"""What a recipe is, and what it offers for a module."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: arguments by name.
+        differentiable: which of ``args`` the gradient is taken of.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    differentiable: tuple[int, ...] = (0,)
+
+
+class Replacement(ABC):
+    """Another way to compute what a module computes.
+
+    It holds no tensor and no module, only where they are in the module that it gets: it serves the module's copies too.
+    """
+
+    recipe: ClassVar[str]
+    """Name of the recipe that offers it."""
+
+    state: frozenset[str] = frozenset()
+    """Attributes of the module that its forward changes; the replacement changes them likewise."""
+
+    discrete_outputs: tuple[int, ...] = ()
+    """Results made of an argmax, which ties may decide otherwise: a share of their pixels may differ."""
+
+    @abstractmethod
+    def semantics(self) -> str:
+        """What it takes the module for, in words for the report."""
+
+    @abstractmethod
+    def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
+        """Which kinds of call this is: each is probed, and refused later unless it agreed. Or why it cannot run."""
+
+    @abstractmethod
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward returns, and does to the module."""
+
+    def covered(self) -> tuple[str, ...]:
+        """Paths of the modules inside, "" for the module itself, whose own calls no longer happen."""
+        return ("",)
+
+    def device(self, module: nn.Module) -> str:
+        """Type of the device that the module computes on."""
+        return device_of(module).type
+
+
+class Recipe(ABC):
+    """How to recognise one family of modules."""
+
+    name: ClassVar[str]
+
+    @property
+    def family(self) -> str:
+        """Recipes of one family make the same calls of the same module."""
+        return type(self).__name__
+
+    @abstractmethod
+    def mismatch(self, module: nn.Module) -> str:
+        """Why the module's structure does not belong to the family; empty if it may."""
+
+    @abstractmethod
+    def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
+        """Calls that tell the family's members apart; the first must be an ordinary one.
+
+        Args:
+            module: any module without :meth:`mismatch`.
+            dtype: of the floating arguments.
+            example: a real call of the module, its tensors with shapes that count and values that do not.
+        """
+
+    @abstractmethod
+    def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
+        """What may compute the same, the likeliest first; ``output`` is the module's own for the ordinary call."""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter or buffer is; the CPU without any."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def arguments_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The call's arguments by name; None if it has others."""
+    if len(args) > len(names) or any(name not in names for name in kwargs):
+        return None
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def is_map(x: Any) -> TypeGuard[Tensor]:
+    """Whether ``x`` is an ordinary tensor [B, C, H, W] with something in it."""
+    return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.numel() > 0 and not x.is_sparse
+
+
+def probe_map(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1) -> Tensor:
+    """A random map that has positive and negative parts; the same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+
+def probe_holes(shape: Sequence[int], dtype: torch.dtype, device: torch.device, kind: str) -> Tensor:
+    """A mask [B, 1, H, W], 1 = hole: "none", "all", or "some": a box that differs from sample to sample."""
+    mask = torch.zeros(*shape, dtype=dtype) if kind != "all" else torch.ones(*shape, dtype=dtype)
+    if kind == "some":
+        height, width = shape[-2:]
+        for sample in range(shape[0]):
+            top, left = height * (1 + 2 * sample) // 8, width * (3 - sample) // 8
+            mask[sample, :, top : top + height // 4, left : left + width // 3] = 1
+    return mask.to(device)
