@@ -17,7 +17,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
@@ -67,9 +67,15 @@ class Port:
 
     def checkout(self, folder: Path) -> Path | None:
         """Where its checkout lies in ``folder``, or None."""
-        owner, name = self.repository.split("/")
-        candidates = (folder / f"{owner}+{name}", folder / name)
-        return next((path for path in candidates if path.is_dir()), None)
+        return find_checkout(self.repository, folder)
+
+
+def find_checkout(repository: str, folder: Path | None) -> Path | None:
+    """Where the checkout of ``repository`` (``owner/name``) lies in ``folder``, or None; none without a folder."""
+    if folder is None:
+        return None
+    owner, name = repository.split("/")
+    return next((path for path in (folder / f"{owner}+{name}", folder / name) if path.is_dir()), None)
 
 
 # Importing one file of a foreign repository --------------------------------------------------------------------------
@@ -98,15 +104,33 @@ class _StandInFinder(MetaPathFinder, Loader):
         pass
 
 
+def _is_plain_folder(path: Path) -> bool:
+    """Whether Python would prefer a package of the same name, ours for example, wherever it is on the path."""
+    return path.is_dir() and path.name.isidentifier() and not (path / "__init__.py").exists()
+
+
+def _package(folder: Path) -> types.ModuleType:
+    package = types.ModuleType(folder.name)
+    package.__path__ = [str(folder)]
+    return package
+
+
 @contextmanager
-def _foreign_imports(paths: Sequence[Path], stand_ins: Sequence[str]) -> Iterator[None]:
+def _foreign_imports(
+    paths: Sequence[Path], stand_ins: Sequence[str], provided: Mapping[str, types.ModuleType] | None = None
+) -> Iterator[None]:
     """Let a checkout's own top-level names (``utils``, ``models``, ...) win, and forget them afterwards."""
+    provided = provided or {}
     foreign = {entry.stem for path in paths for entry in path.iterdir()} | set(stand_ins)
+    foreign |= {name.split(".")[0] for name in provided}
 
     def take_foreign() -> dict[str, types.ModuleType]:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in foreign}
 
     ours = take_foreign()
+    for path in reversed(paths):
+        sys.modules.update({entry.name: _package(entry) for entry in path.iterdir() if _is_plain_folder(entry)})
+    sys.modules.update(provided)
     finder = _StandInFinder(stand_ins)
     sys.meta_path.insert(0, finder)
     sys.path[:0] = [str(path) for path in paths]
@@ -132,8 +156,28 @@ def import_file(
     return module
 
 
+def import_module(
+    checkout: Path,
+    name: str,
+    *,
+    stand_ins: Sequence[str] = (),
+    provided: Mapping[str, types.ModuleType] | None = None,
+    import_root: str = ".",
+    also: Sequence[str] = (),
+) -> types.ModuleType:
+    """Import the module ``name`` of a checkout, for files with relative imports.
+
+    ``provided``: modules that it will find; ``also``: further modules to import with it.
+    """
+    with _foreign_imports([checkout / import_root], stand_ins, provided):
+        module = importlib.import_module(name)
+        for other in also:
+            importlib.import_module(other)
+        return module
+
+
 @contextmanager
-def _as_written_for(x: Tensor) -> Iterator[None]:
+def as_written_for(x: Tensor) -> Iterator[None]:
     """Constants that the port creates get the dtype and the device of ``x``."""
 
     def to_device_of_x(constant: Tensor, *_: object) -> Tensor:
@@ -152,7 +196,7 @@ def _as_written_for(x: Tensor) -> Iterator[None]:
 def _adapt(layer: nn.Module, call: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Attention:
     def attention(f: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         layer.to(device=f.device, dtype=f.dtype)
-        with _as_written_for(f):
+        with as_written_for(f):
             return call(f, b, None if mask is None else mask.to(f.dtype))
 
     return attention
@@ -324,6 +368,19 @@ class _NoCuda:
         return False
 
 
+@contextmanager
+def csa_as_written_for(x: Tensor) -> Iterator[None]:
+    """:func:`as_written_for` and the tensor types that the code of :data:`CSA_REPOSITORY` takes on a CPU."""
+    kind = torch.DoubleTensor if x.dtype == torch.float64 else torch.FloatTensor
+    with (
+        as_written_for(x),
+        mock.patch.object(torch, "FloatTensor", kind),
+        mock.patch.object(torch.cuda, "is_available", _NoCuda()),
+        torch.random.fork_rng(devices=()),  # the layer initialises a convolution per position
+    ):
+        yield
+
+
 class PublishedCSA:
     """The layer ``CSA_model`` on the CPU, for one mask; its flags are given, or made by its own ``set_mask``.
 
@@ -334,8 +391,7 @@ class PublishedCSA:
         checkout = csa_checkout(folder)
         if checkout is None:
             raise FileNotFoundError(f"{CSA_REPOSITORY}: no checkout in {folder}")
-        with _foreign_imports([checkout], ()):
-            module = importlib.import_module("models.CSA_model")
+        module = import_module(checkout, "models.CSA_model")
         self._layer = module.CSA_model(threshold=5 / 16, fixed_mask=1)
 
     def set_mask(self, mask: Tensor, layers: int, threshold: float) -> Tensor:
@@ -350,33 +406,19 @@ class PublishedCSA:
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        with torch.no_grad(), self._as_written_for(x):
+        with torch.no_grad(), csa_as_written_for(x):
             output: Tensor = self._layer(x)
         return output
 
     def forward_backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Its output, and its gradient of x where ``grad`` is that of the output."""
         leaf = x.detach().requires_grad_()
-        with self._as_written_for(x):
+        with csa_as_written_for(x):
             output = self._layer(leaf)
             (gradient,) = torch.autograd.grad(output, leaf, grad)
         return output.detach(), gradient
 
-    @contextmanager
-    def _as_written_for(self, x: Tensor) -> Iterator[None]:
-        kind = torch.DoubleTensor if x.dtype == torch.float64 else torch.FloatTensor
-        with (
-            _as_written_for(x),
-            mock.patch.object(torch, "FloatTensor", kind),
-            mock.patch.object(torch.cuda, "is_available", _NoCuda()),
-            torch.random.fork_rng(devices=()),  # the layer initialises a convolution per position
-        ):
-            yield
-
 
 def csa_checkout(folder: Path | None) -> Path | None:
     """Where the checkout of :data:`CSA_REPOSITORY` lies in ``folder``, or None."""
-    if folder is None:
-        return None
-    owner, name = CSA_REPOSITORY.split("/")
-    return next((path for path in (folder / f"{owner}+{name}", folder / name) if path.is_dir()), None)
+    return find_checkout(CSA_REPOSITORY, folder)
