@@ -76,6 +76,13 @@ def detached_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def copy_in_mode(module: nn.Module, training: bool) -> nn.Module:
+    """A :func:`detached_copy` for training or evaluation."""
+    copied = detached_copy(module)
+    copied.train(training)  # not in one expression: some modules' own train() returns nothing
+    return copied
+
+
 def run_calls(module: nn.Module, calls: Sequence[Call], forward: Forward, gradient: bool = True) -> Iterator[Outcome]:
     """The outcomes of ``forward(module, ...)``, one after the other on one copy of the module."""
     for number, call in enumerate(calls):

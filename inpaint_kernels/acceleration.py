@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from inpaint_kernels import _class_swap, _probe
 from inpaint_kernels._class_swap import Swap, is_swapped, original_class, restore_class, swap_class
-from inpaint_kernels._probe import Agreement, Outcome, detached_copy, disagreement, original_forward, run_calls
+from inpaint_kernels._probe import (
+    Agreement,
+    Outcome,
+    copy_in_mode,
+    detached_copy,
+    disagreement,
+    original_forward,
+    run_calls,
+)
 from inpaint_kernels.recipes._convolution import is_plain_convolution
 from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement
 from inpaint_kernels.recipes.coherent_semantic_attention import CoherentSemanticAttentions
@@ -264,7 +272,7 @@ class _Acceleration:
                 continue
             found = self._find(recipe, module, name)
             if isinstance(found, str):
-                reason = reason or found
+                reason = reason if found == _NO_CALL else reason or found
                 continue
             slow = self._replace(module, name, found)
             if not slow:
@@ -362,6 +370,7 @@ def _not_worth(speedup: float | None) -> str:
 
 
 _CANNOT_RUN = "its own forward raises"
+_NO_CALL = "no call of it is known"
 
 
 class _Original(NamedTuple):
@@ -425,11 +434,11 @@ class _Search:
     def _observe(self, pristine: nn.Module, dtype: torch.dtype) -> _Original:
         calls = self._recipe.calls(detached_copy(pristine), dtype, self._example)
         if not calls:
-            return _Original(calls, {}, "no call of it is known")
+            return _Original(calls, {}, _NO_CALL)
         outcomes: dict[bool, list[Outcome]] = {}
         first = self._module.training
         for mode in (first, not first):
-            copies = [detached_copy(pristine).train(mode) for _ in (0, 1)]
+            copies = [copy_in_mode(pristine, mode) for _ in (0, 1)]
             # The second mode is the exception; where the two differ, they differ in the results of ordinary calls.
             chosen = calls if mode == first else calls[:2]
             outcomes[mode] = list(run_calls(copies[0], chosen, original_forward, gradient=mode == first))
@@ -446,12 +455,12 @@ class _Search:
     ) -> Agreement:
         first = self._module.training
         total = _probe.compare(
-            candidate, detached_copy(pristine).train(first), original.calls, original.outcomes[first], dtype
+            candidate, copy_in_mode(pristine, first), original.calls, original.outcomes[first], dtype
         )
         if not total.allowed:
             return total
         outcomes = original.outcomes[not first]
-        copy = detached_copy(pristine).train(not first)
+        copy = copy_in_mode(pristine, not first)
         other = _probe.compare(candidate, copy, original.calls[: len(outcomes)], outcomes, dtype, gradient=False)
         for kind, why in other.refused.items():
             total.allowed.discard(kind)

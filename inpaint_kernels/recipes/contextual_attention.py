@@ -171,6 +171,8 @@ class ContextualAttention(Recipe):
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
+        if original_class(module).__module__.startswith("torch."):
+            return "a module of torch"
         if any(parameter.requires_grad for parameter in module.parameters()):
             return "it has parameters"
         if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):

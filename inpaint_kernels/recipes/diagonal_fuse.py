@@ -126,6 +126,8 @@ class DiagonalFuses(Recipe):
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
+        if original_class(module).__module__.startswith("torch."):
+            return "a module of torch"
         if not 2 <= len(argument_names(module)) <= 4:
             return "not two maps and a mask"
         return "it holds other attention modules" if len(list(module.modules())) > 16 else ""
