@@ -469,10 +469,11 @@ def _ryanwongsa_inputs(size: int, batch: int, seed: int) -> Inputs:
 
 def _ctsdg(checkout: Path, size: int) -> nn.Module:
     module = import_module(checkout, "models.generator.generator", stand_ins=("torchvision",))
-    model: nn.Module = module.Generator(image_in_channels=3, edge_in_channels=2, out_channels=3)
+    model: Any = module.Generator(image_in_channels=3, edge_in_channels=2, out_channels=3)
     for gamma in (model.bigff.structure_gamma, model.bigff.texture_gamma):
-        gamma.data.fill_(0.5)  # type: ignore[union-attr, operator] # 0 would hide the gates
-    return model
+        gamma.data.fill_(0.5)  # 0 would hide the gates
+    network: nn.Module = model
+    return network
 
 
 def _ctsdg_inputs(size: int, batch: int, seed: int) -> Inputs:
@@ -669,7 +670,7 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{peer.name:18}  {parameters:10,}  {peer.size:4}  {seconds:5.2f} s  {noise[0]:14.1e}  {noise[1]:9.1e}  "
-            f"{counts.total()} of {sum(1 for _ in model.modules())}"
+            f"{sum(counts.values())} of {sum(1 for _ in model.modules())}"
             + "".join(f", {count} {name}" for name, count in counts.most_common()),
             flush=True,
         )

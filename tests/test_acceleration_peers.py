@@ -42,9 +42,10 @@ from inpaint_kernels import accelerate, accelerated
 
 TOLERANCE = 1e-4
 TOLERANCE_FLOAT64 = 1e-9
+MMAGIC = ("mmagic_deepfillv1", "mmagic_deepfillv2")
 # More than 15 seconds on two cores.
 SLOW = ("mmagic_pconv", "naoto0804", "nvidia_resnet", "rfr", "tanimutomo", "ryanwongsa", "ctsdg", "madf")
-SLOW_FLOAT64 = (*SLOW, "csqiangwen", "knazeri_inpaint", "knazeri_edge", "otenim", "csa")
+SLOW_FLOAT64 = (*SLOW, "csqiangwen", "knazeri_inpaint", "knazeri_edge", "otenim", "csa", "lbam", *MMAGIC)
 
 
 def _parametrize(slow: tuple[str, ...]) -> pytest.MarkDecorator:
