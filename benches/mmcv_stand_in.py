@@ -58,6 +58,7 @@ class BaseModule(nn.Module):
 
     def init_weights(self) -> None:
         """Let the children initialise theirs."""
+        child: Any
         for child in self.children():
             if hasattr(child, "init_weights"):
                 child.init_weights()

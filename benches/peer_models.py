@@ -212,7 +212,7 @@ def _csqiangwen(checkout: Path, size: int) -> nn.Module:
     model: nn.Module = module.GatedGenerator(options)
     # As its create_generator does, but for the published gain of 0.02, which leaves nothing after few layers.
     module.weights_init(model, init_type="xavier", init_gain=1.0)
-    model.context_attention.use_cuda = False  # type: ignore[assignment, union-attr]
+    model.context_attention.use_cuda = False  # type: ignore[union-attr]
     return model
 
 
@@ -469,10 +469,11 @@ def _ryanwongsa_inputs(size: int, batch: int, seed: int) -> Inputs:
 
 def _ctsdg(checkout: Path, size: int) -> nn.Module:
     module = import_module(checkout, "models.generator.generator", stand_ins=("torchvision",))
-    model: nn.Module = module.Generator(image_in_channels=3, edge_in_channels=2, out_channels=3)
-    for gamma in (model.bigff.structure_gamma, model.bigff.texture_gamma):  # type: ignore[union-attr]
-        gamma.data.fill_(0.5)  # type: ignore[union-attr, operator] # 0 would hide the gates
-    return model
+    model: Any = module.Generator(image_in_channels=3, edge_in_channels=2, out_channels=3)
+    for gamma in (model.bigff.structure_gamma, model.bigff.texture_gamma):
+        gamma.data.fill_(0.5)  # 0 would hide the gates
+    network: nn.Module = model
+    return network
 
 
 def _ctsdg_inputs(size: int, batch: int, seed: int) -> Inputs:
@@ -600,7 +601,8 @@ def run(peer: PeerModel, model: nn.Module, inputs: Inputs, *, backward: bool = T
         if backward:
             generator = torch.Generator().manual_seed(0)
             weights = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o) for o in differentiable]
-            sum((output * w).mean() for output, w in zip(differentiable, weights, strict=True)).backward()
+            terms = [(output * w).mean() for output, w in zip(differentiable, weights, strict=True)]
+            torch.stack(terms).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if leaf.grad is not None:
         gradients["input"] = leaf.grad
@@ -668,7 +670,7 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{peer.name:18}  {parameters:10,}  {peer.size:4}  {seconds:5.2f} s  {noise[0]:14.1e}  {noise[1]:9.1e}  "
-            f"{counts.total()} of {sum(1 for _ in model.modules())}"
+            f"{sum(counts.values())} of {sum(1 for _ in model.modules())}"
             + "".join(f", {count} {name}" for name, count in counts.most_common()),
             flush=True,
         )

@@ -42,9 +42,10 @@ from inpaint_kernels import accelerate, accelerated
 
 TOLERANCE = 1e-4
 TOLERANCE_FLOAT64 = 1e-9
+MMAGIC = ("mmagic_deepfillv1", "mmagic_deepfillv2")
 # More than 15 seconds on two cores.
 SLOW = ("mmagic_pconv", "naoto0804", "nvidia_resnet", "rfr", "tanimutomo", "ryanwongsa", "ctsdg", "madf")
-SLOW_FLOAT64 = (*SLOW, "csqiangwen", "knazeri_inpaint", "knazeri_edge", "otenim", "csa")
+SLOW_FLOAT64 = (*SLOW, "csqiangwen", "knazeri_inpaint", "knazeri_edge", "otenim", "csa", "lbam", *MMAGIC)
 
 
 def _parametrize(slow: tuple[str, ...]) -> pytest.MarkDecorator:
@@ -208,7 +209,7 @@ def _train_daa233(folder: Path, prepare: Networks, critics: bool = False) -> Los
     checkout = _checkout("daa233/generative-inpainting-pytorch", folder)
     module = import_module(checkout, "trainer", stand_ins=("torchvision", "yaml"))
     size, hole = 64, 32
-    config = {
+    config: dict[str, Any] = {
         "cuda": False,
         "gpu_ids": [],
         "lr": 1e-4,
@@ -357,7 +358,7 @@ def test_training_steps_give_the_published_losses(trainer, folder):
     published = _losses(trainer, folder, lambda *networks: None)
     with torch.backends.mkldnn.flags(enabled=False):
         rounded = _losses(trainer, folder, lambda *networks: None)
-    reports = []
+    reports: list[object] = []
     losses = _losses(trainer, folder, lambda *networks: reports.extend(map(accelerate, networks)))
     assert all(str(report).strip() for report in reports)
     assert len(losses) == len(published) == STEPS
