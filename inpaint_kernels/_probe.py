@@ -101,10 +101,12 @@ def compare(
     expected: Sequence[Outcome],
     dtype: torch.dtype,
     gradient: bool = True,
+    gradient_slack: float = 1,
 ) -> Agreement:
     """Run a replacement on calls whose outcomes are known; ``module`` is a fresh copy.
 
     A call that fails refuses the kinds in which it differs from the first one. Where the first fails, all do.
+    ``gradient_slack``: how many times as far as results gradients may be apart.
     """
     agreement = Agreement()
     core = _kinds(replacement, module, calls[0])
@@ -119,13 +121,13 @@ def compare(
         try:
             if number == 0 and gradient:  # most candidates fail here, before anything dear
                 quick = _observe(detached_copy(module), call, replacement.run, number, gradient=False)
-                _differences(_without_graph(quick), _without_graph(outcome), replacement, dtype)
+                _differences(_without_graph(quick), _without_graph(outcome), replacement, TOLERANCE[dtype])
             actual = _observe(module, call, replacement.run, number, gradient)
             agreement.output_error, agreement.gradient_error = (
                 max(pair)
                 for pair in zip(
                     (agreement.output_error, agreement.gradient_error),
-                    _differences(actual, outcome, replacement, dtype),
+                    _differences(actual, outcome, replacement, TOLERANCE[dtype], gradient_slack),
                     strict=True,
                 )
             )
@@ -151,7 +153,7 @@ def disagreement(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> str:
     if actual.error or expected.error:
         return "" if actual.error == expected.error else f"{actual.error or 'no error'} and {expected.error or 'none'}"
     try:
-        _differences(_without_graph(actual), _without_graph(expected), None, dtype)
+        _differences(_without_graph(actual), _without_graph(expected), None, TOLERANCE[dtype])
     except Disagreement as difference:
         return str(difference)
     return ""
@@ -161,6 +163,7 @@ def disagreement(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> str:
 
 
 def _observe(module: nn.Module, call: Call, forward: Forward, seed: int, gradient: bool) -> Outcome:
+    gradient &= call.gradient
     args = [x.detach().clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in call.args]
     if len(call.args) > 1 and call.args[0] is call.args[1]:  # self-attention gets one tensor twice
         args[1] = args[0]
@@ -254,20 +257,21 @@ def _without_graph(outcome: Outcome) -> Outcome:
 
 
 def _differences(
-    actual: Outcome, expected: Outcome, replacement: Replacement | None, dtype: torch.dtype
+    actual: Outcome, expected: Outcome, replacement: Replacement | None, limit: float, gradient_slack: float = 1
 ) -> tuple[float, float]:
     """Relative errors of results and gradients; Disagreement where they are too large, or anything else differs."""
     if actual.error:
         raise Disagreement(f"raises {actual.error}")
     discrete = replacement.discrete_outputs if replacement is not None else ()
-    limit = TOLERANCE[dtype]
     output_error = _check_output("result", actual.output, expected.output, limit, discrete)
     gradient_error = 0.0
     for number, (got, wanted) in enumerate(zip(actual.gradients, expected.gradients, strict=False)):
         if (got is None) != (wanted is None):
             raise Disagreement(f"gradient {number} is {'none' if got is None else 'not none'}")
         if got is not None and wanted is not None:
-            gradient_error = max(gradient_error, _check_tensor(f"gradient {number}", got, wanted, limit))
+            gradient_error = max(
+                gradient_error, _check_tensor(f"gradient {number}", got, wanted, limit * gradient_slack)
+            )
     changes: tuple[tuple[str, dict[Any, Any], dict[Any, Any]], ...] = (
         ("attribute ", actual.changed, expected.changed),
         ("argument ", actual.written, expected.written),

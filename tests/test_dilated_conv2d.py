@@ -165,12 +165,28 @@ def test_one_gradient_alone(backend, wanted):
 
 
 @with_the_reference_too
-def test_second_backward_says_that_there_is_none(backend):
-    arguments = layer({"kernel": 1, "activation": "elu"})
+@pytest.mark.parametrize("act", ["elu", "leaky_relu", "none"])
+def test_second_gradient(backend, act):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 4, 3), (2, 2, 3, 3), (2,))
+    leaves = [torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+    def call(x, weight, bias):
+        return dilated_conv2d(x, weight, bias, padding=1, activation=act, backend=backend)
+
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_gradient_penalty_of_a_part_of_the_inputs():
+    arguments = layer({"kernel": 3})
     x = arguments["x"].requires_grad_()
-    (grad,) = torch.autograd.grad(dilated_conv2d(**arguments, backend=backend).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="dilated_conv2d: double backward is not implemented"):
-        grad.sum().backward()
+    weight = arguments["weight"].requires_grad_()
+    results = []
+    for backend in ("reference", None):
+        y = dilated_conv2d(**arguments, backend=backend)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), weight)[0])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_gradient_of_the_bare_op_with_a_residual_is_an_error():

@@ -313,13 +313,17 @@ def test_one_gradient_alone(backend, wanted):
 
 
 @with_the_reference_too
-def test_second_backward_says_that_there_is_none(backend):
-    arguments = masked_layer({"kernel": 3})
-    x = arguments["x"].requires_grad_()
-    y = partial_conv2d(**arguments, backend=backend).output
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="partial_conv2d: double backward is not implemented"):
-        grad.sum().backward()
+@pytest.mark.parametrize("rule", ["nvidia", "naoto"])
+def test_second_gradient(backend, rule):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 4, 3), (2, 2, 3, 3), (2,))
+    leaves = [torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]]).double().view(1, 1, 4, 3)
+
+    def call(x, weight, bias):
+        return partial_conv2d(x, mask, weight, bias, padding=1, rule=rule, backend=backend).output
+
+    assert torch.autograd.gradgradcheck(call, leaves)
 
 
 # Memory, reproducibility ----------------------------------------------------------------------------------------------

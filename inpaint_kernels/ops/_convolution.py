@@ -193,6 +193,43 @@ def gradients(
     )
 
 
+def second_gradients(
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient of an op's gradient, as a gradient penalty asks for it: of grad, x, weight and bias.
+
+    Derived by torch from ``forward``, the op in plain operations: what is differentiated twice is trained, and rare.
+
+    Args:
+        forward: (x, weight, bias) -> the op's output, in operations that torch differentiates.
+        grad: of the output.
+        x: of the op, as the next two.
+        weight: the same.
+        bias: the same.
+        wanted: which gradients the op's backward computed.
+        cotangents: of those gradients.
+    """
+    given = (grad, x, weight, bias)
+    if all(cotangent is None for cotangent in cotangents):
+        return None, None, None, None
+    with torch.enable_grad():
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
+        of, *inputs = leaves
+        y = forward(*inputs)
+        asked = [(leaf, c) for leaf, want, c in zip(inputs, wanted, cotangents, strict=True) if want and c is not None]
+        firsts = torch.autograd.grad(y, [leaf for leaf, _ in asked], of, create_graph=True)
+        known = [leaf for leaf in leaves if leaf is not None]
+        seconds = iter(torch.autograd.grad(firsts, known, [c for _, c in asked], allow_unused=True))
+    first, second, third, fourth = (None if leaf is None else next(seconds) for leaf in leaves)
+    return first, second, third, fourth
+
+
 def fake_gradients(x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The same without values."""
     return (

@@ -26,6 +26,7 @@ from inpaint_kernels.ops._convolution import (
     like,
     make_geometry,
     outside_autocast,
+    second_gradients,
 )
 from inpaint_kernels.portable import dilated_conv2d as portable
 from inpaint_kernels.portable._convolution import (
@@ -95,8 +96,8 @@ def dilated_conv2d(
 
     Returns:
         [B, C, Ho, Wo] in the dtype of x; in channels_last if x is contiguous in that layout alone, else in NCHW.
-        Differentiable once with respect to x, weight, bias and residual. Inside ``torch.autocast`` all of them are cast
-        as for conv2d.
+        Differentiable twice with respect to x, weight, bias and residual. Inside ``torch.autocast`` all of them are
+        cast as for conv2d.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, size, dtype, device or value; the message names it.
@@ -339,11 +340,26 @@ def _autograd_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *unwanted)
 
 
-def _no_second_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("dilated_conv2d: double backward is not implemented (the gradient has no gradient)")
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, _, x, weight, bias, *settings, wanted, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, x, weight, bias)
+    ctx.settings, ctx.wanted = settings, wanted
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        settings: tuple[Any, ...] = (*ctx.settings, None)  # no residual
+        return reference.dilated_conv2d(x, weight, bias, *settings)
+
+    grad, x, weight, bias = ctx.saved_tensors
+    of_grad, *others = second_gradients(forward, grad, x, weight, bias, ctx.wanted, cotangents)
+    return (of_grad, None, *others, *(None,) * (len(ctx.settings) + 2))
 
 
 torch.library.register_autograd(
     "inpaint_kernels::dilated_conv2d", _autograd_backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("inpaint_kernels::dilated_conv2d_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "inpaint_kernels::dilated_conv2d_backward", _second_backward, setup_context=_setup_second, lib=_library
+)

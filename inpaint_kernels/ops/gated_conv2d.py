@@ -26,6 +26,7 @@ from inpaint_kernels.ops._convolution import (
     like,
     make_geometry,
     outside_autocast,
+    second_gradients,
 )
 from inpaint_kernels.portable import gated_conv2d as portable
 from inpaint_kernels.portable._convolution import Activation, Geometry, convolution_backward, empty_maps
@@ -99,7 +100,7 @@ def gated_conv2d(
 
     Returns:
         [B, C, Ho, Wo] in the dtype of x; in channels_last if x is contiguous in that layout alone, else in NCHW.
-        Differentiable once with respect to x, weights and biases. Inside ``torch.autocast`` all of them are cast as
+        Differentiable twice with respect to x, weights and biases. Inside ``torch.autocast`` all of them are cast as
         for conv2d.
 
     Raises:
@@ -416,11 +417,25 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *unwanted)
 
 
-def _no_second_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("gated_conv2d: double backward is not implemented (the gradient has no gradient)")
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, _, x, weight, bias, *settings, wanted, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, x, weight, bias)
+    ctx.settings, ctx.wanted = settings, wanted
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.gated_conv2d(x, weight, bias, *ctx.settings)[0]
+
+    grad, x, weight, bias = ctx.saved_tensors
+    of_grad, *others = second_gradients(forward, grad, x, weight, bias, ctx.wanted, cotangents)
+    return (of_grad, None, *others, *(None,) * (len(ctx.settings) + 2))
 
 
 torch.library.register_autograd(
     "inpaint_kernels::gated_conv2d", _autograd_backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("inpaint_kernels::gated_conv2d_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "inpaint_kernels::gated_conv2d_backward", _second_backward, setup_context=_setup_second, lib=_library
+)

@@ -25,6 +25,7 @@ from inpaint_kernels.ops._convolution import (
     like,
     make_geometry,
     outside_autocast,
+    second_gradients,
 )
 from inpaint_kernels.portable import partial_conv2d as portable
 from inpaint_kernels.portable._convolution import (
@@ -402,11 +403,26 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
     return (grad_x, None, None, grad_weight, grad_bias, *unwanted)
 
 
-def _no_second_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("partial_conv2d: double backward is not implemented (the gradient has no gradient)")
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, x, mask, mask_channels, weight, bias, *settings, wanted, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, x, mask, weight, bias)
+    ctx.mask_channels, ctx.settings, ctx.wanted = mask_channels, settings, wanted
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    grad, x, mask, weight, bias = ctx.saved_tensors
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.partial_conv2d(x, mask, tuple(ctx.mask_channels), weight, bias, *ctx.settings)[0]
+
+    of_grad, of_x, *others = second_gradients(forward, grad, x, weight, bias, ctx.wanted, cotangents)
+    return (of_grad, of_x, None, None, *others, *(None,) * (len(ctx.settings) + 2))
 
 
 torch.library.register_autograd(
     "inpaint_kernels::partial_conv2d", _autograd_backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("inpaint_kernels::partial_conv2d_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "inpaint_kernels::partial_conv2d_backward", _second_backward, setup_context=_setup_second, lib=_library
+)

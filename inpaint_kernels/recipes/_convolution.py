@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from inpaint_kernels._class_swap import child_at, has_foreign_hooks
+from inpaint_kernels._class_swap import child_at, has_foreign_hooks, original_class
 from inpaint_kernels.recipes._replacement import Call, Replacement, device_of, is_map, probe_map
 
 PADS = (nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.CircularPad2d)
@@ -103,10 +104,24 @@ def block_mismatch(block: nn.Module, parts: Parts) -> str:
     """Why a block cannot be one of convolutions and what usually stands around them; empty if it can."""
     if isinstance(block, nn.Conv2d):
         return "it is a convolution itself"
+    if not takes_one_map(block):
+        return "not one argument"
     if parts.others:
         return f"it holds a {type(block.get_submodule(parts.others[0].lstrip('.'))).__name__}"
     hooked = next((path for path in parts.all if has_foreign_hooks(block.get_submodule(path))), None)
     return "" if hooked is None else f"{hooked} has hooks"
+
+
+def takes_one_map(block: nn.Module) -> bool:
+    """Whether the block's forward can be called with one argument."""
+    try:
+        parameters = list(inspect.signature(original_class(block).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(required) == 1 or (not required and any(p.kind is p.VAR_POSITIONAL for p in parameters))
 
 
 def activation_of(module: nn.Module) -> tuple[str, float] | None:
@@ -118,6 +133,12 @@ def activation_of(module: nn.Module) -> tuple[str, float] | None:
     if isinstance(module, nn.LeakyReLU) and module.negative_slope >= 0:
         return ("leaky_relu", float(module.negative_slope))
     return ("none", 0.0) if isinstance(module, nn.Identity) else None
+
+
+def still_activates(block: nn.Module, parts: Parts, activation: tuple[str, float]) -> bool:
+    """Whether the block's modules, if they say so at all, still have the activation that was fused."""
+    known = {activation_of(child_at(block, path)) for path in parts.activations} - {None}
+    return not known or activation in known or activation[0] == "none"
 
 
 # The weight of a call -------------------------------------------------------------------------------------------------

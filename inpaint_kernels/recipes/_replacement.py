@@ -20,11 +20,13 @@ class Call:
         args: positional arguments.
         kwargs: arguments by name.
         differentiable: which of ``args`` the gradient is taken of.
+        gradient: whether one is taken at all: where a few calls' gradients have told enough.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[int, ...] = (0,)
+    gradient: bool = True
 
 
 class Replacement(ABC):
@@ -41,6 +43,9 @@ class Replacement(ABC):
 
     discrete_outputs: tuple[int, ...] = ()
     """Results made of an argmax, which ties may decide otherwise: a share of their pixels may differ."""
+
+    warms_up: ClassVar[bool] = False
+    """Whether the module's own forward must have run once."""
 
     @abstractmethod
     def semantics(self) -> str:

@@ -184,7 +184,8 @@ class ContextualAttention(Recipe):
 
     def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
         """As in the base class."""
-        return _calls_values_first(module, dtype) if _takes_values_first(module, dtype) else _calls(module, dtype)
+        build = _calls_values_first if _takes_values_first(module, dtype) else _calls
+        return build(module, dtype, tuple(dict.fromkeys((*_SCALES, *_scale_of(example)))))
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
         """As in the base class."""
@@ -227,13 +228,15 @@ def _second_result(output: Sequence[Any], sequence: type) -> list[tuple[str, typ
 
 
 def _with_settings(module: nn.Module, preset: ContextualAttentionPreset) -> Iterable[ContextualAttentionPreset]:
-    """The preset, with what the module's own attributes may say of it: with the fuse, without, with another scale."""
+    """The preset, with what the module's own attributes may say of it: its patches, its fuse or none, its scale."""
     settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
     scales = {preset.scale, *(float(v) for k, v in settings.items() if "scale" in k and v > 0)}
     fuses = {preset.fuse, 0, *(int(v) for k, v in settings.items() if "fuse" in k and v in (3, 5, 7))}
+    patches = {preset.patch, *(int(v) for k, v in settings.items() if k in ("ksize", "kernel_size") and v in (1, 3, 5))}
     for fuse in sorted(fuses, key=lambda size: (size != preset.fuse, size)):
         for scale in sorted(scales, key=lambda size: size != preset.scale):
-            yield dataclasses.replace(preset, fuse=fuse, scale=scale)
+            for patch in sorted(patches, key=lambda size: size != preset.patch):
+                yield dataclasses.replace(preset, fuse=fuse, scale=scale, patch=patch)
 
 
 # Calls ----------------------------------------------------------------------------------------------------------------
@@ -260,7 +263,15 @@ def _takes_values_first(module: nn.Module, dtype: torch.dtype) -> bool:
     return _works(module, Call((large, small, mask))) and not _works(module, Call((large, large, mask)))
 
 
-def _calls(module: nn.Module, dtype: torch.dtype) -> list[Call]:
+def _scale_of(example: Call | None) -> tuple[int, ...]:
+    """Sides of the real call's mask in sides of its second map."""
+    maps = [getattr(x, "shape", ()) for x in (example.args if example is not None else ())]
+    if len(maps) < 3 or not all(len(shape) == 4 for shape in maps[:3]) or maps[2][2] % maps[1][2]:
+        return ()
+    return (maps[2][2] // maps[1][2],)
+
+
+def _calls(module: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> list[Call]:
     device = device_of(module)
     narrow, wide = _SIDES
     takes_mask = len(argument_names(module)) == 3
@@ -274,7 +285,7 @@ def _calls(module: nn.Module, dtype: torch.dtype) -> list[Call]:
     def square(amplitude: float, seed: int, side: int = _TELLING_SIDE) -> Tensor:
         return _maps(side, side, amplitude, seed, dtype, device)
 
-    scales = _SCALES if takes_mask else (0,)
+    scales = scales if takes_mask else (0,)
     ordinary = next((s for s in (4, *scales) if _works(module, call(square(1, 0), s, "some"))), scales[0])
     calls = [call(square(1, 0), ordinary, "some")]
     calls += [call(square(amplitude, 1), ordinary, "some") for amplitude in (0.1, 0.01)]
@@ -290,7 +301,7 @@ def _calls(module: nn.Module, dtype: torch.dtype) -> list[Call]:
     return calls
 
 
-def _calls_values_first(module: nn.Module, dtype: torch.dtype) -> list[Call]:
+def _calls_values_first(module: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> list[Call]:
     device = device_of(module)
     takes_mask = len(argument_names(module)) == 3
 
@@ -305,6 +316,6 @@ def _calls_values_first(module: nn.Module, dtype: torch.dtype) -> list[Call]:
     calls.append(call(side, wide, 0.3, 2 if takes_mask else 0, "some", 11))
     if takes_mask:
         calls += [call(side, side, 0.3, 2, holes, 12) for holes in ("none", "all")]
-        calls += [call(side, side, 0.3, s, "some", 13) for s in (1, 4, 8, 0)]
+        calls += [call(side, side, 0.3, s, "some", 13) for s in (*scales, 0) if s != 2]
         calls.append(call(side, side, 0.3, 2, "some", 14, masks=1))
     return calls

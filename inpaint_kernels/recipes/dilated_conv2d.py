@@ -25,6 +25,7 @@ from inpaint_kernels.recipes._convolution import (
     paddings_of,
     parts_of,
     reach_of,
+    still_activates,
     weight_of,
     weight_source,
 )
@@ -64,10 +65,8 @@ class ConvolutionBlock(BlockReplacement):
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """One map."""
         conv: Any = child_at(module, self.convolution)
-        if self.activation[0] != "none":
-            fused = {activation_of(child_at(module, path)) for path in self.parts.activations}
-            if fused and self.activation not in fused:
-                return "another activation than when probed"
+        if not still_activates(module, self.parts, self.activation):
+            return "another activation than when probed"
         return map_kinds(args, kwargs, next(conv.parameters()).dtype)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

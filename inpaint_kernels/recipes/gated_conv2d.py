@@ -25,6 +25,7 @@ from inpaint_kernels.recipes._convolution import (
     paddings_of,
     parts_of,
     reach_of,
+    still_activates,
     weight_of,
     weight_source,
 )
@@ -83,14 +84,9 @@ class GatedBlock(BlockReplacement):
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """One map."""
         conv: Any = child_at(module, self.features)
-        if self.activation is not None and self.parts.activations:
-            fused = self._fused_activations(module)
-            if fused and self.activation not in fused:
-                return "another activation than when probed"
+        if self.activation is not None and not still_activates(module, self.parts, self.activation):
+            return "another activation than when probed"
         return map_kinds(args, kwargs, conv.bias.dtype if conv.bias is not None else _dtype_of(conv))
-
-    def _fused_activations(self, module: nn.Module) -> set[tuple[str, float] | None]:
-        return {activation_of(child_at(module, path)) for path in self.parts.activations}
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output."""

@@ -123,7 +123,7 @@ class PartialConvolution(Replacement):
 
     def _keep(self, module: Any, x: Tensor, mask: Tensor, known: Tensor) -> Tensor:
         """Leave in the module what its own forward leaves there: a call without a mask reads it."""
-        module.last_size = tuple(x.shape)
+        module.last_size = tuple(x.shape[-len(module.last_size) :])  # older versions keep height and width only
         if module.weight_maskUpdater.type() != x.type():
             module.weight_maskUpdater = module.weight_maskUpdater.to(x)
         ones = module.weight_maskUpdater[:1, :1]
@@ -171,20 +171,31 @@ class PartialConvolutions(Recipe):
         reach = max((k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
         side = max(reach + 3, 8)
 
-        def call(height: int, width: int, holes: str, channels: int, masks: int, scale: float, seed: int) -> Call:
+        def call(
+            height: int,
+            width: int,
+            holes: str,
+            channels: int,
+            masks: int,
+            scale: float,
+            seed: int,
+            gradient: bool = False,
+        ) -> Call:
             x = probe_map((2, conv.in_channels, height, width), dtype, device, seed, scale)
             known = 1 - probe_holes((masks, 1, height, width), dtype, device, holes)
-            return Call((x, known.expand(-1, channels, -1, -1).contiguous()))
+            return Call((x, known.expand(-1, channels, -1, -1).contiguous()), gradient=gradient)
 
         forms = [(c, m) for c in dict.fromkeys((1, conv.in_channels)) for m in (2, 1)]
         ordinary = next((f for f in forms if _works(module, call(side, side, "some", *f, 1, 0))), forms[0])
-        calls = [call(2 * side, side, holes, *ordinary, 1, 1) for holes in ("some", "none", "all")]
+        calls = [call(2 * side, side, holes, *ordinary, 1, 1, True) for holes in ("some", "none", "all")]
         calls.append(call(side + 1, side + 3, "some", *ordinary, 0.01, 2))
         calls += [call(side, side, "some", *form, 1, 3) for form in forms if form != ordinary]
         if argument_names(module)[2:]:
-            calls.append(Call(call(side, side, "some", *ordinary, 1, 4).args, {_RETURN_MASK: False}))
+            without = call(side, side, "some", *ordinary, 1, 4)
+            calls.append(Call(without.args, {_RETURN_MASK: False}, gradient=False))
         layout = call(side, side + 2, "some", *ordinary, 0.1, 5)
-        calls.append(Call((layout.args[0].contiguous(memory_format=torch.channels_last), layout.args[1])))
+        last = layout.args[0].contiguous(memory_format=torch.channels_last)
+        calls.append(Call((last, layout.args[1]), gradient=False))
         return calls
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
