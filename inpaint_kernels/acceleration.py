@@ -24,7 +24,7 @@ from inpaint_kernels._probe import (
     run_calls,
 )
 from inpaint_kernels.recipes._convolution import is_plain_convolution
-from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement
+from inpaint_kernels.recipes._replacement import Call, Form, Recipe, Replacement, form_of
 from inpaint_kernels.recipes.coherent_semantic_attention import CoherentSemanticAttentions
 from inpaint_kernels.recipes.contextual_attention import ContextualAttention
 from inpaint_kernels.recipes.diagonal_fuse import DiagonalFuses
@@ -40,8 +40,10 @@ RECIPES: tuple[Recipe, ...] = (
     GatedConvolution(),
     Convolution(),
     PlainConvolution(),
-    DiagonalFuses(),
 )
+
+AROUND_CHILDREN: tuple[Recipe, ...] = (DiagonalFuses(),)
+"""Recipes whose replacement still calls the module's children."""
 
 _GAIN = 1.03
 """How many times faster a layout, or a convolution of which nothing is fused, must be to be worth a change."""
@@ -270,23 +272,27 @@ class _Acceleration:
         if type(module) is nn.Sequential:
             self._visit_sequential(module, name)
             return
+        reason = self._try(RECIPES, module, name)
+        if reason is None:
+            return
+        for child_name, child in module.named_children():
+            self.visit(child, f"{name}.{child_name}".lstrip("."))
+        around = self._try(AROUND_CHILDREN, module, name)
+        if around is not None and (reason or around):
+            self._keep(module, name, reason or around)
+
+    def _try(self, recipes: Sequence[Recipe], module: nn.Module, name: str) -> str | None:
+        """Replace the module by the first recipe that can: None; or why none can, empty if none looked at it."""
         reason = ""
-        for recipe in RECIPES:
+        for recipe in recipes:
             if recipe.mismatch(module):
                 continue
             found = self._find(recipe, module, name)
             if isinstance(found, str):
                 reason = reason if found == _NO_CALL else reason or found
                 continue
-            slow = self._replace(module, name, found)
-            if not slow:
-                return
-            reason = slow
-            break
-        if reason:
-            self._keep(module, name, reason)
-        for child_name, child in module.named_children():
-            self.visit(child, f"{name}.{child_name}".lstrip("."))
+            return self._replace(module, name, found) or None
+        return reason
 
     def _visit_sequential(self, module: nn.Sequential, name: str) -> None:
         segments, founds = [], []
@@ -363,7 +369,7 @@ class _Acceleration:
         recorded = self._recorded.get(name)
         if recorded is None or found.replacement.warms_up:
             return ""
-        call = _with_values(recorded)
+        call = recorded.filled()
         kinds = found.replacement.kinds(module, *call.args, **call.kwargs)
         return kinds if isinstance(kinds, str) else ", ".join(sorted(kinds - found.agreement.allowed))
 
@@ -375,9 +381,9 @@ class _Acceleration:
         call = self._recorded.get(name)
         if call is None or not isinstance(replacement, ConvolutionBlock):
             return None
-        key = (_configuration(module), tuple(map(_form, call.args)))
+        key = (_configuration(module), call.args)
         if key not in self._times:
-            self._times[key] = _race(module, replacement, _with_values(call))
+            self._times[key] = _race(module, replacement, call.filled())
         return self._times[key]
 
 
@@ -447,7 +453,7 @@ class _Search:
                 break
         if best is not None:
             return best
-        return f"it is no known {self._recipe.name}" + (f"; the first that was tried: {closest}" if closest else "")
+        return self._recipe.nothing_found + (f"; the first that was tried: {closest}" if closest else "")
 
     def _observe(self, pristine: nn.Module, dtype: torch.dtype) -> _Original:
         calls = self._recipe.calls(detached_copy(pristine), dtype, self._example)
@@ -506,7 +512,7 @@ def _dtype_of(module: nn.Module, example: Call | None) -> torch.dtype:
     """The dtype that the module works in."""
     candidates = [p.dtype for p in module.parameters() if p.is_floating_point()]
     if example is not None:
-        candidates += [x.dtype for x in example.args if isinstance(x, Tensor) and x.is_floating_point()]
+        candidates += [x.dtype for x in example.args if isinstance(x, Form) and x.dtype.is_floating_point]
     return candidates[0] if candidates else torch.float32
 
 
@@ -532,7 +538,7 @@ def _record(model: nn.Module, example: Call) -> tuple[dict[str, Call], Any]:
 
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            recorded.setdefault(name, Call(tuple(map(_form, args)), {k: _form(v) for k, v in kwargs.items()}))
+            recorded.setdefault(name, Call(tuple(map(form_of, args)), {k: form_of(v) for k, v in kwargs.items()}))
 
         return record
 
@@ -547,35 +553,6 @@ def _run(model: nn.Module, example: Call) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         return model(*example.args, **example.kwargs)
-
-
-class _Form(NamedTuple):
-    """A tensor without its values."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    channels_last: bool
-
-
-def _form(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return _Form(x.shape, x.dtype, x.device, last)
-
-
-def _with_values(call: Call) -> Call:
-    return Call(tuple(map(_filled, call.args)), {name: _filled(x) for name, x in call.kwargs.items()})
-
-
-def _filled(x: Any) -> Any:
-    if not isinstance(x, _Form):
-        return x
-    if not x.dtype.is_floating_point:
-        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    values = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x.device, x.dtype)
-    return values.contiguous(memory_format=torch.channels_last) if x.channels_last else values
 
 
 def _race(module: nn.Module, replacement: Replacement, call: Call, rounds: int = 3) -> float:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+
+class Form(NamedTuple):
+    """A tensor without its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    def filled(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of this form, of random numbers, or of zeros where it holds integers; floats in another dtype."""
+        if not self.dtype.is_floating_point:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        values = torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return values.to(self.device, dtype or self.dtype).contiguous(memory_format=layout)
+
+
+def form_of(x: Any) -> Any:
+    """The form of a tensor; anything else as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return Form(x.shape, x.dtype, x.device, last)
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,12 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[int, ...] = (0,)
     gradient: bool = True
+
+    def filled(self, dtype: torch.dtype | None = None) -> Call:
+        """The call with tensors in place of forms."""
+        args = tuple(x.filled(dtype) if isinstance(x, Form) else x for x in self.args)
+        kwargs = {name: x.filled(dtype) if isinstance(x, Form) else x for name, x in self.kwargs.items()}
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
 class Replacement(ABC):
@@ -74,6 +106,11 @@ class Recipe(ABC):
     name: ClassVar[str]
 
     @property
+    def nothing_found(self) -> str:
+        """What to say of a module that no candidate agrees with."""
+        return f"it is no known {self.name}"
+
+    @property
     def family(self) -> str:
         """Recipes of one family make the same calls of the same module."""
         return type(self).__name__
@@ -89,7 +126,7 @@ class Recipe(ABC):
         Args:
             module: any module without :meth:`mismatch`.
             dtype: of the floating arguments.
-            example: a real call of the module, its tensors with shapes that count and values that do not.
+            example: a real call of the module, forms in place of its tensors.
         """
 
     @abstractmethod

@@ -18,6 +18,7 @@ from inpaint_kernels.ops._contextual_attention_presets import PRESETS, Contextua
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention
 from inpaint_kernels.recipes._replacement import (
     Call,
+    Form,
     Recipe,
     Replacement,
     arguments_of,
@@ -265,10 +266,10 @@ def _takes_values_first(module: nn.Module, dtype: torch.dtype) -> bool:
 
 def _scale_of(example: Call | None) -> tuple[int, ...]:
     """Sides of the real call's mask in sides of its second map."""
-    maps = [getattr(x, "shape", ()) for x in (example.args if example is not None else ())]
-    if len(maps) < 3 or not all(len(shape) == 4 for shape in maps[:3]) or maps[2][2] % maps[1][2]:
+    forms = [x for x in example.args if isinstance(x, Form) and len(x.shape) == 4] if example is not None else []
+    if len(forms) != 3 or forms[2].shape[2] % forms[1].shape[2]:
         return ()
-    return (maps[2][2] // maps[1][2],)
+    return (forms[2].shape[2] // forms[1].shape[2],)
 
 
 def _calls(module: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> list[Call]:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from inpaint_kernels._class_swap import original_class
-from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement
+from inpaint_kernels.recipes._replacement import Call, Form, Recipe, Replacement
 from inpaint_kernels.recipes.contextual_attention import ContextualAttention, argument_names
+
+_LARGEST_MAP = 64 * 64
+"""Positions of a map up to which an example is probed."""
 
 _SMALLEST = 4096
 """Elements below which torch's own convolution is as quick."""
@@ -123,19 +126,22 @@ class DiagonalFuses(Recipe):
     """A module that holds or makes a unit matrix and convolves with it."""
 
     name: ClassVar[str] = "diagonal_fuse"
+    nothing_found = "no published attention, and without a convolution with a unit matrix"
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
         if original_class(module).__module__.startswith("torch."):
             return "a module of torch"
-        if not 2 <= len(argument_names(module)) <= 4:
-            return "not two maps and a mask"
+        if len(argument_names(module)) < 2:
+            return "not two maps"
         return "it holds other attention modules" if len(list(module.modules())) > 16 else ""
 
     def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
         """As in the base class."""
         if example is not None:
-            return [example]
+            # Unknown attention may keep dozens of score matrices for its gradient.
+            small = all(not isinstance(x, Form) or x.shape[2:].numel() <= _LARGEST_MAP for x in example.args[:2])
+            return [example.filled(dtype)] if small else []
         return [] if ContextualAttention().mismatch(module) else ContextualAttention().calls(module, dtype, None)[:3]
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
