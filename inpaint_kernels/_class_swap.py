@@ -19,7 +19,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from inpaint_kernels.recipes._replacement import Replacement
 
-_SLOT = "_inpaint_kernels_swap"
+SLOT = "_inpaint_kernels_swap"
+"""Attribute that holds a module's :class:`Swap`."""
 
 # Attributes of these types decide what a forward does; a change of one that was probed ends the swap's validity.
 _SETTINGS = (bool, int, float, str, tuple, type(None))
@@ -96,7 +97,7 @@ class Swap:
 
 def swap_class(module: nn.Module, swap: Swap) -> None:
     """Let the swap's replacement run instead of the module's forward."""
-    object.__setattr__(module, _SLOT, swap)
+    object.__setattr__(module, SLOT, swap)
     kind: Any = type(module)
     module.__class__ = _swapped(kind)
 
@@ -104,7 +105,15 @@ def swap_class(module: nn.Module, swap: Swap) -> None:
 def restore_class(module: nn.Module) -> None:
     """Undo :func:`swap_class`."""
     module.__class__ = original_class(module)
-    module.__dict__.pop(_SLOT, None)
+    module.__dict__.pop(SLOT, None)
+
+
+def restored(module: nn.Module) -> nn.Module:
+    """The module, with the classes that it and all inside of it were made of."""
+    for part in module.modules():
+        if is_swapped(part):
+            restore_class(part)
+    return module
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -122,7 +131,7 @@ class _Swapped(nn.Module):
     """First base of every swapped class; the original class is the second."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        swap: Swap | None = self.__dict__.get(_SLOT)
+        swap: Swap | None = self.__dict__.get(SLOT)
         if swap is None:  # made by the class's own copying
             return super().forward(*args, **kwargs)
         reason = swap.refusal(self, args, kwargs)
@@ -139,10 +148,10 @@ class _Swapped(nn.Module):
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         attributes = dict(self.__dict__)
-        swap = attributes.pop(_SLOT, None)
+        swap = attributes.pop(SLOT, None)
         clone.__setstate__({name: copy.deepcopy(value, memo) for name, value in attributes.items()})
         if swap is not None:
-            object.__setattr__(clone, _SLOT, swap)
+            object.__setattr__(clone, SLOT, swap)
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -153,7 +162,7 @@ class _Swapped(nn.Module):
         make, arguments, *rest = made
         arguments = tuple(original if argument is swapped else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
-            rest[0] = {name: value for name, value in rest[0].items() if name != _SLOT}
+            rest[0] = {name: value for name, value in rest[0].items() if name != SLOT}
         return (make, arguments, *rest)
 
 

@@ -45,6 +45,8 @@ RECIPES: tuple[Recipe, ...] = (
 AROUND_CHILDREN: tuple[Recipe, ...] = (DiagonalFuses(),)
 """Recipes whose replacement still calls the module's children."""
 
+_ATTENTION = ("contextual_attention", "coherent_semantic_attention", "diagonal_fuse")
+
 _GAIN = 1.03
 """How many times faster a layout, or a convolution of which nothing is fused, must be to be worth a change."""
 
@@ -277,9 +279,18 @@ class _Acceleration:
             return
         for child_name, child in module.named_children():
             self.visit(child, f"{name}.{child_name}".lstrip("."))
-        around = self._try(AROUND_CHILDREN, module, name)
-        if around is not None and (reason or around):
-            self._keep(module, name, reason or around)
+        if not self._holds_attention(module):
+            around = self._try(AROUND_CHILDREN, module, name)
+            if around is None:
+                return
+            reason = reason or around
+        if reason:
+            self._keep(module, name, reason)
+
+    def _holds_attention(self, module: nn.Module) -> bool:
+        """Whether attention inside of the module is replaced already."""
+        swaps = [part.__dict__.get(_class_swap.SLOT) for part in module.modules()]
+        return any(isinstance(s, Swap) and s.replacement.recipe in _ATTENTION for s in swaps)
 
     def _try(self, recipes: Sequence[Recipe], module: nn.Module, name: str) -> str | None:
         """Replace the module by the first recipe that can: None; or why none can, empty if none looked at it."""
@@ -430,7 +441,7 @@ class _Search:
     def _find_in(self, dtype: torch.dtype) -> _Found | str:
         """The first candidate that agrees in all kinds of calls that the module can run, or the one with the most."""
         try:
-            pristine = detached_copy(self._module).to(dtype)
+            pristine = _class_swap.restored(detached_copy(self._module)).to(dtype)
         except Exception as error:  # whatever a foreign module raises
             return f"it cannot be copied: {type(error).__name__}: {error}"
         key = (self._recipe.family, dtype, _configuration(self._module))
@@ -453,7 +464,7 @@ class _Search:
                 break
         if best is not None:
             return best
-        return self._recipe.nothing_found + (f"; the first that was tried: {closest}" if closest else "")
+        return f"it is no known {self._recipe.name}" + (f"; the first that was tried: {closest}" if closest else "")
 
     def _observe(self, pristine: nn.Module, dtype: torch.dtype) -> _Original:
         calls = self._recipe.calls(detached_copy(pristine), dtype, self._example)

@@ -106,11 +106,6 @@ class Recipe(ABC):
     name: ClassVar[str]
 
     @property
-    def nothing_found(self) -> str:
-        """What to say of a module that no candidate agrees with."""
-        return f"it is no known {self.name}"
-
-    @property
     def family(self) -> str:
         """Recipes of one family make the same calls of the same module."""
         return type(self).__name__

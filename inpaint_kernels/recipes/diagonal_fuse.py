@@ -126,7 +126,6 @@ class DiagonalFuses(Recipe):
     """A module that holds or makes a unit matrix and convolves with it."""
 
     name: ClassVar[str] = "diagonal_fuse"
-    nothing_found = "no published attention, and without a convolution with a unit matrix"
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
@@ -141,12 +140,23 @@ class DiagonalFuses(Recipe):
         if example is not None:
             # Unknown attention may keep dozens of score matrices for its gradient.
             small = all(not isinstance(x, Form) or x.shape[2:].numel() <= _LARGEST_MAP for x in example.args[:2])
-            return [example.filled(dtype)] if small else []
-        return [] if ContextualAttention().mismatch(module) else ContextualAttention().calls(module, dtype, None)[:3]
+            calls = [example.filled(dtype)] if small else []
+        else:
+            attention = ContextualAttention()
+            calls = [] if attention.mismatch(module) else [*attention.calls(module, dtype, None)[:3]]
+        return calls if any(_unit_convolutions(module, call) for call in calls) else []
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
         """As in the base class: only where at least one convolution is taken over."""
-        with torch.no_grad(), DiagonalSums() as sums:
-            original_class(module).forward(module, *call.args, **call.kwargs)
-        if sums.count:
+        if _unit_convolutions(module, call):
             yield DiagonalFuse(argument_names(module))
+
+
+def _unit_convolutions(module: nn.Module, call: Call) -> int:
+    """How many convolutions with a unit matrix are made in a call; 0 where it fails."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()), DiagonalSums() as sums:
+            original_class(module).forward(module, *call.args, **call.kwargs)
+    except Exception:  # whatever a foreign module raises
+        return 0
+    return sums.count
