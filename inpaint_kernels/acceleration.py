@@ -596,19 +596,17 @@ def _check_model(report: AccelerationReport, model: nn.Module, example: Call, ex
     plain, report.model_error = _timed_error(copy, example, expected)
     if not report.replaced or is_swapped(model) or _refusal(model):
         return
-    _use_channels_last(copy, "")
+    _use_channels_last(copy)
     try:
         last, error = _timed_error(copy, example, expected)
     except RuntimeError:  # code that views a map's memory cannot have it in another order
         return
     if last * _GAIN < plain and error <= max(2 * report.model_error, 1e-4):
         report.model_error = error
-        report._undo.append(_use_channels_last(model, type(model).__name__))
-        report.modules.append(
-            ModuleReport(
-                "", original_class(model).__name__, True, _LAYOUT, "maps are channels_last inside", speedup=plain / last
-            )
-        )
+        report._swaps.append(_use_channels_last(model))
+        report._undo.append(lambda: restore_class(model))
+        entry = ModuleReport("", original_class(model).__name__, True, _LAYOUT, _LAYOUT_WORDS, speedup=plain / last)
+        report.modules.append(entry)
 
 
 def _timed_error(model: nn.Module, example: Call, expected: Any) -> tuple[float, float]:
@@ -629,17 +627,21 @@ def _model_error(actual: Any, expected: Any) -> float:
 # The layout -----------------------------------------------------------------------------------------------------------
 
 _LAYOUT = "channels_last"
+_LAYOUT_WORDS = "maps are channels_last inside, without a gradient"
 
 
 @dataclass(frozen=True)
 class ChannelsLast(Replacement):
-    """A model's own forward on maps in channels_last; what it returns is in NCHW, as before."""
+    """A model's own forward on maps in channels_last; what it returns is in NCHW, as before.
+
+    Without a gradient only: torch computes that of a weight 1.3 to 4 times as fast in NCHW.
+    """
 
     recipe: ClassVar[str] = _LAYOUT
 
     def semantics(self) -> str:
         """What changes."""
-        return "maps are channels_last inside"
+        return _LAYOUT_WORDS
 
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """Any call."""
@@ -647,9 +649,12 @@ class ChannelsLast(Replacement):
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
+        forward = original_class(module).forward
+        if torch.is_grad_enabled():
+            return forward(module, *args, **kwargs)
         args = tuple(_in_layout(x, torch.channels_last) for x in args)
         kwargs = {name: _in_layout(x, torch.channels_last) for name, x in kwargs.items()}
-        return _in_layout(original_class(module).forward(module, *args, **kwargs), torch.contiguous_format)
+        return _in_layout(forward(module, *args, **kwargs), torch.contiguous_format)
 
 
 def _in_layout(value: Any, layout: torch.memory_format) -> Any:
@@ -660,19 +665,9 @@ def _in_layout(value: Any, layout: torch.memory_format) -> Any:
     return {name: _in_layout(part, layout) for name, part in value.items()} if isinstance(value, dict) else value
 
 
-def _use_channels_last(model: nn.Module, name: str) -> Callable[[], None]:
-    """Switch a model, and return what switches it back."""
+def _use_channels_last(model: nn.Module) -> Swap:
+    """Switch a model; :func:`restore_class` switches it back."""
     dtypes = frozenset(p.dtype for p in model.parameters()) | {torch.float32}
-    swap_class(model, Swap(name, model, ChannelsLast(), frozenset({"any"}), dtypes))
-    before: list[tuple[nn.Parameter, Tensor]] = []
-    for parameter in model.parameters():
-        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=torch.channels_last):
-            before.append((parameter, parameter.data))
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-    def undo() -> None:
-        for parameter, old in before:
-            parameter.data = old.copy_(parameter.data)  # an optimiser may have changed the values since
-        restore_class(model)
-
-    return undo
+    swap = Swap(type(model).__name__, model, ChannelsLast(), frozenset({"any"}), dtypes)
+    swap_class(model, swap)
+    return swap

@@ -24,7 +24,15 @@ from inpaint_kernels._checks import (
 from inpaint_kernels._compile import constant_for_compile
 from inpaint_kernels._packed_weights import PACKED_WEIGHTS
 from inpaint_kernels.ops._common import always
-from inpaint_kernels.portable._convolution import Activation, Geometry, layout_of
+from inpaint_kernels.portable._convolution import (
+    Activation,
+    Geometry,
+    convolution_backward,
+    empty_maps,
+    layout_of,
+    prepare,
+    prepare_backward,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +51,9 @@ GEOMETRY_SCHEMA = "int[2] stride, SymInt[4] pad, int[2] dilation, int groups"
 # with the layers of the partial convolution U-Net at 512 x 512: with stride 1 at 64 outputs, with stride 2 up to 1,024.
 _LARGE_WEIGHT = 1 << 18
 _FEW_OUTPUTS, _FEW_WINOGRAD_OUTPUTS = 1024, 64
+
+# Channels from which on, and dtypes in which, the CPU kernel is quicker than torch for the gradient of x.
+_FEWEST_TURNED, _TURNED_DTYPES = 48, (torch.float32, torch.float64)
 
 # Devices whose autocast the ops follow.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -323,6 +334,70 @@ def _pack_cpu_weight(weight: Tensor, packing: _CpuPacking) -> Tensor:
 
 def _digest(weight: Tensor) -> int:
     return torch.ops.inpaint_native.convolution_weight_digest(dense(weight))
+
+
+def cpu_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+    residual: Tensor | None,
+) -> Tensor:
+    """activation(convolution + bias) + residual by the CPU kernel of ``dilated_conv2d``."""
+    x = dense(x)
+    size = geometry.output_of(x, weight)
+    y = empty_maps(x, weight.shape[0], size)
+    packed, few_outputs = cpu_weight(x, weight, geometry)
+    torch.ops.inpaint_native.dilated_conv2d(
+        x,
+        weight,
+        packed,
+        bias,
+        *geometry.stride,
+        geometry.pad[0],
+        geometry.pad[2],
+        *geometry.dilation,
+        few_outputs,
+        geometry.reflect,
+        *activation,
+        None if residual is None else like(residual, x),
+        y,
+    )
+    return y
+
+
+def cpu_convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`convolution_backward`: the weight's gradient by torch, that of x by the CPU kernel where it is quicker.
+
+    torch takes 1.3 to 4 times as long for the weight's gradient of maps in channels_last as for copies in NCHW. The
+    gradient of x is a convolution with the turned weight: with stride 1 and from 48 channels on, 1 to 2 times as fast
+    here as torch's own (128 channels, 64 x 64: 8.2 against 14.3 ms).
+    """
+    channels = (weight.shape[0], weight.shape[1])
+    reach = [(k - 1) * d for k, d in zip(weight.shape[2:], geometry.dilation, strict=True)]
+    _, padding = prepare(x, geometry)
+    quicker = wanted[0] and geometry.stride == (1, 1) and min(channels) >= _FEWEST_TURNED and x.dtype in _TURNED_DTYPES
+    if not quicker or geometry.groups != 1 or padding[0] > reach[0] or padding[1] > reach[1]:
+        if not x.is_contiguous() and x.dtype in _TURNED_DTYPES:
+            grad_x, _, _ = convolution_backward(grad, x, weight, geometry, [wanted[0], False, False])
+            of_weight = [False, wanted[1], wanted[2]]
+            _, *others = convolution_backward(
+                grad.contiguous(), x.contiguous(), weight.contiguous(), geometry, of_weight
+            )
+            return grad_x, others[0], others[1]
+        return convolution_backward(grad, x, weight, geometry, wanted)
+    turned = weight.transpose(0, 1).flip(2, 3).contiguous()
+    pad = (reach[0] - padding[0],) * 2 + (reach[1] - padding[1],) * 2
+    of_grad = Geometry((1, 1), pad, geometry.dilation)
+    grad_prepared = cpu_convolution(grad, turned, None, of_grad, Activation("none"), None)
+    of_weight = [False, wanted[1], wanted[2]]
+    _, grad_weight, grad_bias = convolution_backward(
+        grad.contiguous(), x.contiguous(), weight.contiguous(), geometry, of_weight
+    )
+    return prepare_backward(grad_prepared, x, geometry), grad_weight, grad_bias
 
 
 def _cpu_reasons(op: str, problem: ConvolutionProblem) -> list[str]:

@@ -17,8 +17,8 @@ from inpaint_kernels.ops._convolution import (
     autocast,
     check_activation,
     check_convolution,
-    cpu_weight,
-    dense,
+    cpu_convolution,
+    cpu_convolution_backward,
     fake_gradients,
     geometry_arguments,
     geometry_of,
@@ -214,36 +214,6 @@ def _fake_backward(
 BACKENDS = ConvolutionBackends("dilated_conv2d", _prepare)
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    activation: Activation,
-    residual: Tensor | None,
-) -> Tensor:
-    x = dense(x)
-    size = geometry.output_of(x, weight)
-    y = empty_maps(x, weight.shape[0], size)
-    packed, few_outputs = cpu_weight(x, weight, geometry)
-    torch.ops.inpaint_native.dilated_conv2d(
-        x,
-        weight,
-        packed,
-        bias,
-        *geometry.stride,
-        geometry.pad[0],
-        geometry.pad[2],
-        *geometry.dilation,
-        few_outputs,
-        geometry.reflect,
-        *activation,
-        None if residual is None else like(residual, x),
-        y,
-    )
-    return y
-
-
 def _triton(*args: Any) -> Tensor:
     from inpaint_kernels.triton_kernels import dilated_conv2d as triton_kernels
 
@@ -263,7 +233,7 @@ def _reference(
 
 
 _FORWARD: dict[str, Callable[..., Tensor]] = {
-    "cpu": _cpu,
+    "cpu": cpu_convolution,
     "triton": _triton,
     "portable": portable.dilated_conv2d,
     "reference": _reference,
@@ -314,7 +284,8 @@ def _dilated_conv2d_backward(
         settings = (*geometry[:4], reflect, *act, None)
         return gradients(reference.dilated_conv2d_backward(grad, x, weight, bias, *settings), x, weight, wanted)
     grad_sums = activation_backward(grad, output, act, x_is_result=True)
-    return gradients(convolution_backward(grad_sums, x, weight, geometry, wanted), x, weight, wanted)
+    of_sums = cpu_convolution_backward if backend == "cpu" else convolution_backward
+    return gradients(of_sums(grad_sums, x, weight, geometry, wanted), x, weight, wanted)
 
 
 # 6. Autograd ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from inpaint_kernels.ops._convolution import (
     autocast,
     check_activation,
     check_convolution,
+    cpu_convolution_backward,
     cpu_weight,
     dense,
     fake_gradients,
@@ -390,7 +391,8 @@ def _gated_conv2d_backward(
         settings = (*geometry, *act, gate_first)
         return gradients(reference.gated_conv2d_backward(grad, x, weight, bias, *settings), x, weight, wanted)
     grad_pre = _GATE_BACKWARD[backend](grad, pre, act, gate_first)
-    return gradients(convolution_backward(grad_pre, x, weight, geometry, wanted), x, weight, wanted)
+    of_sums = cpu_convolution_backward if backend == "cpu" else convolution_backward
+    return gradients(of_sums(grad_pre, x, weight, geometry, wanted), x, weight, wanted)
 
 
 # 6. Autograd ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from inpaint_kernels.ops._convolution import (
     Pair,
     autocast,
     check_convolution,
+    cpu_convolution_backward,
     cpu_weight,
     dense,
     fake_gradients,
@@ -356,7 +357,8 @@ def _partial_conv2d_backward(
     dtype = convolution_dtype(x)
     known = portable.masked(x.to(dtype), mask, spread)
     of_sums = [wanted[0], wanted[1], False]
-    grad_x, grad_weight, _ = convolution_backward(grad * scale, known, weight, geometry, of_sums)
+    backward = cpu_convolution_backward if backend == "cpu" else convolution_backward
+    grad_x, grad_weight, _ = backward(grad * scale, known, weight, geometry, of_sums)
     if grad_x is not None:
         grad_x = portable.masked(grad_x, mask, spread).to(x.dtype)
     if grad_weight is not None:

@@ -196,7 +196,7 @@ def convolution_backward(
         geometry.groups,
         list(wanted),
     )
-    grad_x = _prepare_backward(grad_prepared, x, geometry).to(x.dtype) if wanted[0] else None
+    grad_x = prepare_backward(grad_prepared, x, geometry).to(x.dtype) if wanted[0] else None
     return (
         grad_x,
         grad_weight.to(x.dtype) if wanted[1] else None,
@@ -204,7 +204,7 @@ def convolution_backward(
     )
 
 
-def _prepare_backward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+def prepare_backward(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """The adjoint of :func:`prepare`."""
     top, bottom, left, right = geometry.pad
     batch, channels, height, width = x.shape
