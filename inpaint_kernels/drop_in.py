@@ -6,9 +6,80 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from inpaint_kernels._checks import check_choice, check_range
+from inpaint_kernels.flow_color import flow_to_color
+from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult
+from inpaint_kernels.ops.contextual_attention import contextual_attention as _contextual_attention
 from inpaint_kernels.ops.hog import HogResult
 from inpaint_kernels.ops.hog import hog as _hog
+
+
+def contextual_attention(
+    f: Tensor,
+    b: Tensor,
+    mask: Tensor | None = None,
+    ksize: int = 3,
+    stride: int = 1,
+    rate: int = 1,
+    fuse_k: int = 3,
+    softmax_scale: float = 10.0,
+    training: bool = True,
+    fuse: bool = True,
+    *,
+    preset: str = "official",
+) -> tuple[Tensor, Tensor]:
+    """The function of DeepFill's published code, on tensors [B, C, H, W].
+
+    For ``from inpaint_kernels.drop_in import contextual_attention``; :func:`inpaint_kernels.contextual_attention` tells
+    more, returns what is needed only, and takes more.
+
+    Args:
+        f: [B, C, H, W] floating, where patches are looked for, its sides multiples of ``rate``.
+        b: [B, C, H', W'], what they are pasted from.
+        mask: [B or 1, 1, H', W'] or a whole multiple of that size, non-zero = hole; None: no hole.
+        ksize: side of the patches that are compared.
+        stride: of the patches; only 1 is published.
+        rate: f and b are reduced so many times before they are compared.
+        fuse_k: side of the fuse, odd.
+        softmax_scale: inverse temperature.
+        training: ignored, as there.
+        fuse: whether neighbours vote together.
+        preset: which published implementation decides the rest, see :data:`inpaint_kernels.PRESETS`.
+
+    Returns:
+        The output [B, C, H, W], and the offsets of the best keys as colours in -1..1, [B, 3, H, W].
+
+    Raises:
+        ValueError, TypeError: as :func:`inpaint_kernels.contextual_attention`; ``stride`` is not 1, or ``fuse_k`` even.
+
+    References:
+        Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, section 4.1.
+    """
+    check_choice("stride", stride, (1,))
+    check_range("rate", rate, minimum=1, integer=True)
+    check_range("fuse_k", fuse_k, minimum=1, integer=True)
+    result = _contextual_attention(
+        f,
+        b,
+        mask,
+        preset=preset,
+        return_offsets=True,
+        patch=ksize,
+        rate=rate,
+        paste_size=2 * rate,
+        pad_cut=rate // 2,
+        pad_put=rate // 2,
+        fuse=fuse_k if fuse else 0,
+        scale=float(softmax_scale),
+    )
+    assert isinstance(result, ContextualAttentionResult)
+    colours = flow_to_color(result.offsets).to(f.dtype) / 127.5 - 1
+    if rate > 1:
+        colours = F.interpolate(colours, scale_factor=rate, mode="bilinear", align_corners=True)
+    return result.output, colours
 
 
 def hog(
