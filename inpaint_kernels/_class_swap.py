@@ -8,6 +8,7 @@ swapped too. What ``torch.save`` or ``pickle`` writes is the original module, wh
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import warnings
 from collections import Counter
@@ -160,6 +161,8 @@ class _Swapped(nn.Module):
         if not isinstance(made, tuple):
             return made
         make, arguments, *rest = made
+        if arguments == (swapped,):  # copyreg.__newobj__, which pickle allows for an object's own class only
+            make, arguments = copyreg._reconstructor, (original, object, None)  # type: ignore[attr-defined]
         arguments = tuple(original if argument is swapped else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != SLOT}
