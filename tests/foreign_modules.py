@@ -265,18 +265,18 @@ class Unit(nn.Module):
         pad: nn.Module | None = None,
         norm: nn.Module | None = None,
         norm_early: bool = False,
-        double: bool = False,
+        doubled: bool = False,
         same: bool = False,
         opening: Callable[[Tensor], Tensor] = torch.sigmoid,
         drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.conv, self.pad, self.norm, self.act = conv, pad, norm, act
-        self.swapped, self.norm_early, self.double, self.same, self.drop = swapped, norm_early, double, same, drop
+        self.swapped, self.norm_early, self.doubled, self.same, self.drop = swapped, norm_early, doubled, same, drop
         self.opening = opening
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.double:
+        if self.doubled:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         if self.same:
             assert isinstance(self.conv, nn.Conv2d)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from inpaint_kernels import accelerate, accelerated, acceleration
 from inpaint_kernels._class_swap import is_swapped
+from inpaint_kernels._probe import detached_copy
 from inpaint_kernels.acceleration import AccelerationReport, ModuleReport
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import _GRID_INDEX
@@ -101,14 +102,16 @@ def only(report: AccelerationReport) -> ModuleReport:
 
 
 def assert_same_step(actual: nn.Module, expected: nn.Module, *args: Any, tolerance: float = TOLERANCE) -> None:
-    pairs = list(zip(step(actual, *args), step(expected, *args), strict=True))
-    assert max(relative_error(a, b) for a, b in pairs) <= tolerance
+    for got, wanted in zip(step(actual, *args), step(expected, *args), strict=True):
+        assert got.dtype == wanted.dtype
+        # The gradient of a bias in front of a norm is zero but for rounding.
+        assert (got - wanted).double().norm() <= tolerance * max(wanted.double().norm().item(), 1.0)
 
 
 def accepted(module: nn.Module, *args: Any) -> ModuleReport:
     """The report's only replacement, after the module and its original did the same for two training steps."""
     module.double()
-    original = copy.deepcopy(module)
+    original = detached_copy(module)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     report = accelerate(module)
     entry = only(report)
@@ -209,7 +212,7 @@ def test_attention_with_one_mask_for_a_batch_and_maps_of_two_sizes(small_probes)
 
 @pytest.mark.parametrize(
     "change",
-    [{"share": 5.0}, {"small": 0.5}, {"heat": 7.0}, {"sampling": "aligned", "first": False}, {"small": 1e-2}],
+    [{"share": 5.0}, {"small": 0.5}, {"heat": 7.0}, {"small": 1e-2}, {"small": 1e-3}],
     ids=str,
 )
 def test_attention_near_misses_are_kept(change, small_probes):
@@ -287,7 +290,7 @@ def old_spectral_norm(module: nn.Module) -> nn.Module:
 GATED: dict[str, tuple[Build, str]] = {
     "one": (lambda: Unit(conv(), F.elu), "features first, elu activation"),
     "one_gate_first": (lambda: Unit(conv(), F.elu, swapped=True), "gate first, elu activation"),
-    "relu": (lambda: Unit(conv(), nn.ReLU(inplace=True)), "features first, relu activation"),
+    "relu": (lambda: Unit(conv(), nn.ReLU()), "features first, relu activation"),
     "leaky": (lambda: Unit(conv(), nn.LeakyReLU(0.3)), "features first, leaky_relu activation"),
     "leaky_function": (lambda: Unit(conv(), _leaky), "features first, leaky_relu activation"),
     "none": (lambda: Unit(conv()), "features first, none activation"),
@@ -295,7 +298,7 @@ GATED: dict[str, tuple[Build, str]] = {
     "elu_of_another_alpha": (lambda: Unit(conv(), nn.ELU(0.5)), "features first, own activation"),
     "stride_dilation": (lambda: Unit(conv(3, 4, 3, stride=2, dilation=2, padding=2), F.elu), "features first"),
     "no_bias": (lambda: Unit(conv(bias=False), F.elu), "features first"),
-    "doubled": (lambda: Unit(conv(), F.elu, double=True), "features first, elu activation, upsampled first"),
+    "doubled": (lambda: Unit(conv(), F.elu, doubled=True), "features first, elu activation, upsampled first"),
     "reflect_pad": (lambda: Unit(conv(padding=0), F.elu, pad=nn.ReflectionPad2d(1)), "features first"),
     "replicate_pad": (lambda: Unit(conv(padding=0), F.elu, pad=nn.ReplicationPad2d(1)), "features first"),
     "zero_pad": (lambda: Unit(conv(padding=0), F.elu, pad=nn.ZeroPad2d((0, 1, 0, 1))), "features first"),
@@ -495,15 +498,6 @@ def test_partial_near_misses_are_kept(module):
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-class Erratic(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = conv()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.elu(self.conv(x)) * torch.initial_seed() * id(object())
-
-
 class Counter(nn.Module):
     """Disagrees with itself: every second call is another."""
 
@@ -655,13 +649,6 @@ def test_the_optimiser_made_before_takes_the_same_steps():
 
 
 # What stays as it is --------------------------------------------------------------------------------------------------
-
-
-def model_of_all() -> nn.Sequential:
-    return nn.Sequential(Unit(conv(3, 8, 3), F.elu), Cell(conv(4, 4, 3), "na", nn.ReLU(), nn.BatchNorm2d(4)), conv(4, 3))
-
-
-def conv_3(*_: Any) -> None: ...
 
 
 def test_undo_gives_classes_and_bits_back():
@@ -931,7 +918,7 @@ def test_wrong_arguments_raise_as_the_original_does():
         warnings.simplefilter("ignore")
         with pytest.raises(TypeError):
             module()
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, ValueError)):
             module(torch.zeros(2, 5, 4, 4))
         assert module(torch.zeros(3, 8, 8)).shape == (4, 8, 8)
 
@@ -983,7 +970,7 @@ def test_a_saved_model_loads_without_the_library(tmp_path):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["['Unit',", "'Cell',", "'Sequential']"]
+    assert done.stdout.strip() == "['Unit', 'Cell', 'Sequential']"
 
 
 def test_the_state_dict_goes_both_ways():
@@ -1074,13 +1061,13 @@ def test_weights_normalised_after_and_undone():
 # Example inputs and the layout ----------------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
+class Shifted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = plain_block()
+        self.body, self.tail = plain_block(), nn.MaxPool2d(2)
 
     def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        return self.body(x + shift)
+        return self.tail(self.body(x + shift))
 
 
 @pytest.mark.parametrize(
@@ -1092,7 +1079,7 @@ class Two(nn.Module):
     ],
 )
 def test_example_inputs_are_checked_on_the_whole_model(example):
-    model = Two()
+    model = Shifted()
     report = accelerate(model, example(image(1, 3, 8, 8, dtype=torch.float32)))
     assert "body" in [entry.name for entry in report.replaced]
     assert report.model_error is not None
@@ -1101,19 +1088,15 @@ def test_example_inputs_are_checked_on_the_whole_model(example):
 
 
 def test_what_the_model_raises_for_example_inputs_is_raised_and_nothing_changes():
-    model = Two()
+    model = Shifted()
     with pytest.raises(RuntimeError):
         accelerate(model, torch.zeros(1, 7, 4, 4))
     assert not any(map(is_swapped, model.modules()))
 
 
-def layout_model() -> nn.Module:
-    return nn.ModuleList([nn.Sequential(plain_block(), conv(4, 2, 3))])[0]
-
-
 def test_channels_last_is_reported_and_undone(monkeypatch):
     monkeypatch.setattr(acceleration, "_GAIN", 0.0)
-    model, x = Two(), image(1, 3, 8, 8, dtype=torch.float32)
+    model, x = Shifted(), image(1, 3, 8, 8, dtype=torch.float32)
     strides = [p.stride() for p in model.parameters()]
     expected, values = model(x), copy.deepcopy(model.state_dict())
     report = accelerate(model, x)
@@ -1125,7 +1108,7 @@ def test_channels_last_is_reported_and_undone(monkeypatch):
     assert relative_error(y, expected) < 1e-5
     assert model.body.conv.weight.is_contiguous(memory_format=torch.channels_last)
     report.undo()
-    assert type(model) is Two
+    assert type(model) is Shifted
     assert [p.stride() for p in model.parameters()] == strides
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
     assert torch.equal(model(x), expected)
@@ -1133,7 +1116,7 @@ def test_channels_last_is_reported_and_undone(monkeypatch):
 
 def test_undone_channels_last_keeps_what_training_and_casts_did(monkeypatch):
     monkeypatch.setattr(acceleration, "_GAIN", 0.0)
-    model, x = Two(), image(1, 3, 8, 8, dtype=torch.float32)
+    model, x = Shifted(), image(1, 3, 8, 8, dtype=torch.float32)
     report = accelerate(model, x)
     with torch.no_grad():
         for parameter in model.parameters():
