@@ -23,6 +23,7 @@ from inpaint_kernels.recipes._convolution import (
     map_calls,
     map_kinds,
     paddings_of,
+    parameter_of,
     parts_of,
     reach_of,
     still_activates,
@@ -67,7 +68,7 @@ class ConvolutionBlock(BlockReplacement):
         conv: Any = child_at(module, self.convolution)
         if not still_activates(module, self.parts, self.activation):
             return "another activation than when probed"
-        return map_kinds(args, kwargs, next(conv.parameters()).dtype)
+        return map_kinds(args, kwargs, parameter_of(conv).dtype)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output."""
