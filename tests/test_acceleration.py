@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import pickle
 import subprocess
@@ -33,7 +32,6 @@ from tests.foreign_modules import (
     Cell,
     Counting,
     Dividing,
-    Inner,
     Lookup,
     LookupInParts,
     Nested,
@@ -219,17 +217,17 @@ def test_attention_near_misses_are_kept(change, small_probes):
     assert "no known" in kept_reason(Lookup(**{**FORMS["nipponjo"], "mixing": False, **change}).double())
 
 
-def test_the_eye_convolutions_of_unknown_attention_are_replaced():
+def test_the_eye_convolutions_of_unknown_attention_are_replaced(small_probes):
     module = Lookup(share=5.0).double()
-    x = image(1, 4, 32, 32)
-    entry = accepted(module, x, x, holes(1, 1, 32, 32))
+    x = image(1, 4, 20, 24)
+    entry = accepted(module, x, x, holes(1, 1, 20, 24))
     assert entry.recipe == "diagonal_fuse"
     assert "unknown attention" in entry.semantics
 
 
-def test_the_eye_convolutions_are_replaced_with_example_inputs_too():
-    x = image(1, 4, 32, 32)
-    assert only(accelerate(Lookup(share=5.0).double(), (x, x, holes(1, 1, 32, 32)))).recipe == "diagonal_fuse"
+def test_the_eye_convolutions_are_replaced_with_example_inputs_too(small_probes):
+    x = image(1, 4, 20, 20)
+    assert only(accelerate(Lookup(share=5.0).double(), (x, x, holes(1, 1, 20, 20)))).recipe == "diagonal_fuse"
 
 
 # Coherent attention ---------------------------------------------------------------------------------------------------
@@ -644,8 +642,8 @@ def test_the_optimiser_made_before_takes_the_same_steps():
             optimiser.zero_grad()
             model(x).square().mean().backward()
             optimiser.step()
-    pairs = zip(module.state_dict().values(), original.state_dict().values(), strict=True)
-    assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
+    for got, wanted in zip(module.state_dict().values(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # What stays as it is --------------------------------------------------------------------------------------------------
@@ -697,7 +695,7 @@ def test_nothing_global_changes(small_probes):
     assert len(torch.nn.modules.module._global_forward_hooks) == hooks
 
 
-def test_the_random_state_is_that_before_where_a_module_draws(monkeypatch):
+def test_the_random_state_is_that_before_where_a_module_draws(small_probes):
     module = Lookup(share=5.0, noise=0.1)
     state = torch.get_rng_state()
     accelerate(module)
@@ -724,10 +722,12 @@ def test_gradients_and_requires_grad_stay():
 def test_accelerated_undoes_after_an_exception():
     module = plain_block()
     kind = type(module)
-    with pytest.raises(KeyError), accelerated(module) as report:
-        assert is_swapped(module)
-        assert report.replaced
-        raise KeyError
+    seen = []
+    with pytest.raises(KeyError):  # noqa: PT012 (the block is what is tested)
+        with accelerated(module) as report:
+            seen = [is_swapped(module), len(report.replaced)]
+            raise KeyError
+    assert seen == [True, 1]
     assert type(module) is kind
 
 
@@ -940,19 +940,19 @@ def test_a_copy_is_fast_and_outlives_the_undo():
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_is_of_the_original(protocol):
     module = nn.Sequential(Unit(conv(), F.elu, norm=nn.BatchNorm2d(2)), Counting(2, 4, 3, return_mask=False))
-    plain = pickle.dumps(module, protocol)
     accelerate(module)
     assert len(accelerate(module).kept) == 2
     fast = pickle.dumps(module, protocol)
     assert b"inpaint_kernels" not in fast
     assert b"Fast" not in fast
-    assert len(fast) == len(plain)
     loaded = pickle.loads(fast)
     assert [type(m) for m in loaded] == [Unit, Counting]
 
 
 def test_a_saved_model_loads_without_the_library(tmp_path):
-    model = nn.Sequential(Unit(conv(), F.elu), Cell(conv(2, 2, 3), act=nn.ReLU()), nn.Sequential(conv(2, 2, 3), nn.ELU()))
+    model = nn.Sequential(
+        Unit(conv(), F.elu), Cell(conv(2, 2, 3), act=nn.ReLU()), nn.Sequential(conv(2, 2, 3), nn.ELU())
+    )
     x = image(1, 3, 8, 8, dtype=torch.float32)
     with torch.no_grad():
         expected = model(x)
