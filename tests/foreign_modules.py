@@ -444,7 +444,7 @@ class Counting(nn.Conv2d):
     """A convolution of the known pixels, scaled by their share; it remembers the last mask."""
 
     def __init__(
-        self, *sizes: int, multi_channel: bool = False, return_mask: bool = True, small: float = 1e-8, **settings: Any
+        self, *sizes: Any, multi_channel: bool = False, return_mask: bool = True, small: float = 1e-8, **settings: Any
     ) -> None:
         super().__init__(*sizes, **settings)
         self.multi_channel, self.return_mask, self.small = multi_channel, return_mask, small
@@ -455,7 +455,7 @@ class Counting(nn.Conv2d):
         self.update_mask: Tensor | None = None
         self.mask_ratio: Tensor | None = None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         if mask is not None or self.last_size != tuple(x.shape):
             self.last_size = tuple(x.shape)
             self.weight_maskUpdater = self.weight_maskUpdater.to(x)
@@ -479,7 +479,7 @@ class Counting(nn.Conv2d):
 class Dividing(nn.Module):
     """The same by two convolutions, the second of ones; the sum is divided by the count, not by the share."""
 
-    def __init__(self, *sizes: int, gain: float = 1.0, **settings: Any) -> None:
+    def __init__(self, *sizes: Any, gain: float = 1.0, **settings: Any) -> None:
         super().__init__()
         self.input_conv = nn.Conv2d(*sizes, **settings)
         self.mask_conv = nn.Conv2d(*sizes, **{**settings, "bias": False})
@@ -499,13 +499,13 @@ class Dividing(nn.Module):
 class Sharing(nn.Conv2d):
     """The form with a buffer of ones, and an argument for whether the mask is wanted."""
 
-    def __init__(self, *sizes: int, multi_channel: bool = False, eps: float = 1e-8, **settings: Any) -> None:
+    def __init__(self, *sizes: Any, multi_channel: bool = False, eps: float = 1e-8, **settings: Any) -> None:
         super().__init__(*sizes, **settings)
         self.multi_channel, self.eps = multi_channel, eps
         channels = (self.out_channels, self.in_channels) if multi_channel else (1, 1)
         self.register_buffer("ones", torch.ones(*channels, *self.kernel_size))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, return_mask: bool = True) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_mask: bool = True) -> Any:
         if mask is None:
             return super().forward(x)
         ones = self.get_buffer("ones")

@@ -24,6 +24,7 @@ from inpaint_kernels.acceleration import AccelerationReport, ModuleReport
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import _GRID_INDEX
 from inpaint_kernels.recipes import contextual_attention as attention_recipe
+from inpaint_kernels.recipes.gated_conv2d import GatedConvolution
 from tests.compare import relative_error
 from tests.foreign_modules import (
     FORMS,
@@ -60,7 +61,7 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(attention_recipe, "_TELLING_SIDE", 16)
 
 
-def conv(*sizes: int, **settings: Any) -> nn.Conv2d:
+def conv(*sizes: Any, **settings: Any) -> nn.Conv2d:
     """3 x 3 of 3 to 4 channels with a border of one, unless said otherwise."""
     return nn.Conv2d(*(sizes or (3, 4, 3)), **{"padding": 1, **settings})
 
@@ -87,7 +88,8 @@ def step(module: nn.Module, *args: Any) -> list[Tensor]:
     torch.manual_seed(1)
     outputs = tensors(module(*given))
     wanted = [given[0], *(p for p in module.parameters() if p.requires_grad)]
-    total = sum((x * torch.randn(x.shape, dtype=torch.float64).to(x)).sum() for x in outputs if x.requires_grad)
+    parts = [(x * torch.randn(x.shape, dtype=torch.float64).to(x)).sum() for x in outputs if x.requires_grad]
+    total = torch.stack(parts).sum()
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     kept = [x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor)]
     state = [*module.state_dict().values(), *kept]
@@ -542,7 +544,7 @@ def test_unknown_modules_are_kept_in_silence():
 
 def test_a_module_that_cannot_be_copied_is_kept():
     module = plain_block()
-    vars(module)["lock"] = (i for i in ())
+    vars(module)["lock"] = (i for i in range(1))
     assert "cannot be copied" in kept_reason(module)
 
 
@@ -723,11 +725,15 @@ def test_accelerated_undoes_after_an_exception():
     module = plain_block()
     kind = type(module)
     seen = []
-    with pytest.raises(KeyError):  # noqa: PT012 (the block is what is tested)
+
+    def fail() -> None:
         with accelerated(module) as report:
-            seen = [is_swapped(module), len(report.replaced)]
+            seen.extend([is_swapped(module), len(report.replaced) == 1])
             raise KeyError
-    assert seen == [True, 1]
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [True, True]
     assert type(module) is kind
 
 
@@ -738,7 +744,7 @@ def test_an_exception_inside_undoes_what_was_done(monkeypatch):
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(acceleration.GatedConvolution, "candidates", fail)
+    monkeypatch.setattr(GatedConvolution, "candidates", fail)
     with pytest.raises(KeyboardInterrupt):
         accelerate(model)
     assert [type(m) for m in model] == classes
@@ -836,7 +842,7 @@ CHANGES: dict[str, tuple[Build, Callable[[Any], object]]] = {
 
 
 class Doubled(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
@@ -934,7 +940,7 @@ def test_a_copy_is_fast_and_outlives_the_undo():
     assert is_swapped(clone[0])
     assert not is_swapped(module[0])
     assert_same_step(clone, module, image())
-    assert clone[0].conv.weight is not module[0].conv.weight
+    assert not set(clone.parameters()) & set(module.parameters())
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -1035,7 +1041,7 @@ def test_a_model_is_compiled_before_or_after():
     expected = original(x)
     after = copy.deepcopy(original)
     accelerate(after)
-    before = torch.compile(copy.deepcopy(original), backend="eager")
+    before: Any = torch.compile(copy.deepcopy(original), backend="eager")
     assert relative_error(before(x), expected) < TOLERANCE
     report = accelerate(before)
     assert only(report).name == "0"
@@ -1106,7 +1112,7 @@ def test_channels_last_is_reported_and_undone(monkeypatch):
     y = model(x)
     assert y.is_contiguous()
     assert relative_error(y, expected) < 1e-5
-    assert model.body.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
     report.undo()
     assert type(model) is Shifted
     assert [p.stride() for p in model.parameters()] == strides
@@ -1120,11 +1126,11 @@ def test_undone_channels_last_keeps_what_training_and_casts_did(monkeypatch):
     report = accelerate(model, x)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1
+            parameter.add_(1)
     values = [p.detach().clone() for p in model.parameters()]
     model.double()
     report.undo()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert all(torch.equal(p.float(), value) for p, value in zip(model.parameters(), values, strict=True))
-    assert model.body.conv.weight.is_contiguous()
+    assert next(model.parameters()).is_contiguous()
     model(x.double())
