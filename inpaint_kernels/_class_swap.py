@@ -8,7 +8,9 @@ swapped too. What ``torch.save`` or ``pickle`` writes is the original module, wh
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
+import types
 import warnings
 from collections import Counter
 from typing import Any, cast
@@ -23,7 +25,10 @@ SLOT = "_inpaint_kernels_swap"
 """Attribute that holds a module's :class:`Swap`."""
 
 # Attributes of these types decide what a forward does; a change of one that was probed ends the swap's validity.
-_SETTINGS = (bool, int, float, str, tuple, type(None))
+_SETTINGS = (bool, int, float, str, type(None), type, types.FunctionType, types.BuiltinFunctionType)
+
+_OWN = frozenset({*vars(nn.Module()), SLOT})
+"""Attributes that every module has."""
 
 
 class Swap:
@@ -52,7 +57,11 @@ class Swap:
         self.device = replacement.device(module)
         self.fallbacks: Counter[str] = Counter()
         self._settings = tuple(settings_of(module, replacement.state).items())
-        self._covered = tuple((path, type(module.get_submodule(path))) for path in replacement.covered() if path)
+        paths = [name for name, _ in module.named_modules()] if replacement.covers_all else replacement.covered()
+        covered = [(path, module.get_submodule(path)) for path in paths if path]
+        self._covered = tuple(
+            (path, type(part), tuple(settings_of(part, frozenset()).items())) for path, part in covered
+        )
 
     def refusal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why the original forward must run this call; empty if the replacement may."""
@@ -76,16 +85,20 @@ class Swap:
         return ""
 
     def _changes(self, module: nn.Module) -> str:
-        attributes = module.__dict__
-        for name, value in self._settings:
-            if attributes.get(name, self) != value:
-                return f"{name} is no longer {value!r}"
-        for path, kind in self._covered:
+        changed = _changed_setting(module, self._settings)
+        if changed:
+            return changed
+        for path, kind, settings in self._covered:
             child = child_at(module, path)
             if type(child) is not kind:
                 return f"{path} is no longer a {kind.__name__}"
             if has_foreign_hooks(child):
                 return f"{path} has hooks, which only its own call runs"
+            if "forward" in child.__dict__:
+                return f"{path} has a forward of its own"
+            changed = _changed_setting(child, settings)
+            if changed:
+                return f"{path}.{changed}"
         return "a hook for all modules is set, which only their own calls run" if _has_any_global_hook() else ""
 
     def fell_back(self, reason: str) -> None:
@@ -104,7 +117,8 @@ def swap_class(module: nn.Module, swap: Swap) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo :func:`swap_class`."""
-    module.__class__ = original_class(module)
+    if _Swapped in type(module).__bases__:  # else a parametrisation has made a class of it since, which is to stay
+        module.__class__ = original_class(module)
     module.__dict__.pop(SLOT, None)
 
 
@@ -118,13 +132,15 @@ def restored(module: nn.Module) -> nn.Module:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module's forward is a replacement."""
-    return isinstance(module, _Swapped)
+    return SLOT in module.__dict__
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module was made of."""
-    kind = type(module)
-    return cast("type[nn.Module]", kind.__mro__[2]) if issubclass(kind, _Swapped) else kind
+    for kind in type(module).__mro__:
+        if _Swapped in kind.__bases__:
+            return cast("type[nn.Module]", kind.__bases__[1])
+    return type(module)
 
 
 class _Swapped(nn.Module):
@@ -160,6 +176,8 @@ class _Swapped(nn.Module):
         if not isinstance(made, tuple):
             return made
         make, arguments, *rest = made
+        if arguments == (swapped,):  # copyreg.__newobj__, which pickle allows for an object's own class only
+            make, arguments = copyreg._reconstructor, (original, object, None)  # type: ignore[attr-defined]
         arguments = tuple(original if argument is swapped else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != SLOT}
@@ -177,8 +195,22 @@ def settings_of(module: nn.Module, state: frozenset[str]) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if isinstance(value, _SETTINGS) and name not in state and name != "training" and not name.startswith("_")
+        if name not in state and name not in _OWN and is_setting(value)
     }
+
+
+def is_setting(value: Any) -> bool:
+    """Whether an attribute is plain: its equality says all about it, and it can be hashed."""
+    return isinstance(value, _SETTINGS) or (isinstance(value, tuple) and all(map(is_setting, value)))
+
+
+def _changed_setting(module: nn.Module, settings: tuple[tuple[str, Any], ...]) -> str:
+    attributes = module.__dict__
+    for name, value in settings:
+        now = attributes.get(name, attributes)
+        if now is not value and (type(now) is not type(value) or now != value):
+            return f"{name} is no longer {value!r}"
+    return ""
 
 
 def child_at(module: nn.Module, path: str) -> Any:

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import original_class
+from inpaint_kernels._class_swap import original_class, settings_of
 from inpaint_kernels.recipes._replacement import Call, Replacement
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far two results of a dtype may be apart, as a share of their norm."""
 
 ORIGINAL_RAISES = "the original raises"
+
+_SMALL_GRADIENT = 0.01
+"""Share of the largest gradient of a call below which a gradient's error is measured by that share."""
 
 _DISCRETE_SHARE = 0.01
 """Share of pixels of a result made of an argmax that ties may decide otherwise."""
@@ -116,6 +119,8 @@ def compare(
         if outcome.error:
             agreement.refused.update(dict.fromkeys(blamed, f"{ORIGINAL_RAISES} {outcome.error}"))
             continue
+        if not kinds and replacement.warms_up:
+            _observe(module, call, original_forward, number, gradient=False)
         if not kinds or kinds & agreement.refused.keys():
             continue
         try:
@@ -134,10 +139,12 @@ def compare(
             agreement.nan |= any(not torch.isfinite(x).all() for x in _tensors(outcome.output) if x.is_floating_point())
             agreement.allowed |= kinds
         except Disagreement as difference:
-            # A core call that fails is not about a kind that only this call has.
-            for kind in blamed or kinds:
+            if not blamed:  # an ordinary call: it is something else
+                agreement.allowed.clear()
+                agreement.refused = dict.fromkeys(sorted(kinds), str(difference))
+                break
+            for kind in blamed:
                 agreement.refused.setdefault(kind, str(difference))
-                agreement.allowed.discard(kind)
         if number == 0 and agreement.refused:
             break
     return agreement
@@ -210,11 +217,9 @@ def _state(module: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for prefix, part in module.named_modules():
         tensors = {name: value for name, value in part._buffers.items() if value is not None}
-        for name, value in part.__dict__.items():
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            elif isinstance(value, (bool, int, float, str, tuple, type(None))) and not name.startswith("_"):
-                state[f"{prefix}.{name}".lstrip(".")] = value
+        tensors.update({name: value for name, value in part.__dict__.items() if isinstance(value, Tensor)})
+        settings = settings_of(part, frozenset())
+        state.update({f"{prefix}.{name}".lstrip("."): value for name, value in settings.items()})
         state.update({f"{prefix}.{name}".lstrip("."): value.detach().clone() for name, value in tensors.items()})
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:  # the vectors of some spectral norms
@@ -265,12 +270,15 @@ def _differences(
     discrete = replacement.discrete_outputs if replacement is not None else ()
     output_error = _check_output("result", actual.output, expected.output, limit, discrete)
     gradient_error = 0.0
+    # A bias in front of a norm has gradient zero but for rounding: small ones count as a share of the largest.
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64).item() for g in expected.gradients if g is not None]
+    least = _SMALL_GRADIENT * max(filter(math.isfinite, norms), default=0.0)
     for number, (got, wanted) in enumerate(zip(actual.gradients, expected.gradients, strict=False)):
         if (got is None) != (wanted is None):
             raise Disagreement(f"gradient {number} is {'none' if got is None else 'not none'}")
         if got is not None and wanted is not None:
             gradient_error = max(
-                gradient_error, _check_tensor(f"gradient {number}", got, wanted, limit * gradient_slack)
+                gradient_error, _check_tensor(f"gradient {number}", got, wanted, limit * gradient_slack, least)
             )
     changes: tuple[tuple[str, dict[Any, Any], dict[Any, Any]], ...] = (
         ("attribute ", actual.changed, expected.changed),
@@ -319,13 +327,13 @@ def _check_form(name: str, actual: Tensor, expected: Tensor) -> None:
             raise Disagreement(f"{name}: {what} {got} instead of {wanted}")
 
 
-def _check_tensor(name: str, actual: Tensor, expected: Tensor, limit: float) -> float:
+def _check_tensor(name: str, actual: Tensor, expected: Tensor, limit: float, least: float = 0.0) -> float:
     _check_form(name, actual, expected)
     if not expected.is_floating_point():
         if not torch.equal(actual, expected):
             raise Disagreement(f"{name}: other values")
         return 0.0
-    error = relative_error(actual, expected)
+    error = relative_error(actual, expected, least)
     if not error <= limit:
         raise Disagreement(f"{name}: off by {error:.2g} of its norm")
     return error
@@ -339,8 +347,11 @@ def _check_discrete(name: str, actual: Tensor, expected: Tensor) -> None:
         raise Disagreement(f"{name}: {share:.0%} of its values differ")
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| where ``expected`` is finite; the norm itself where it is to be zero."""
+def relative_error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """||actual - expected|| / ||expected|| where ``expected`` is finite; the norm itself where it is to be zero.
+
+    ``least``: what is divided by at least.
+    """
     ours, theirs = actual.detach(), expected.detach()
     norm = torch.linalg.vector_norm(theirs, dtype=torch.float64).item()
     if not math.isfinite(norm):
@@ -348,4 +359,4 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         ours, theirs = torch.where(known, ours, 0), torch.where(known, theirs, 0)
         norm = torch.linalg.vector_norm(theirs, dtype=torch.float64).item()
     error = torch.linalg.vector_norm(ours - theirs, dtype=torch.float64).item()
-    return error / (norm or 1.0) if math.isfinite(error) else math.inf
+    return error / (max(norm, least) or 1.0) if math.isfinite(error) else math.inf

@@ -313,7 +313,7 @@ class _Acceleration:
                 run = nn.Sequential()
                 for child in names:
                     run.add_module(child, module.get_submodule(child))
-                run.train(module.training)
+                run.training = module.training  # run.train() would change the children, which are the model's
                 found = self._find(Convolution(), run, name)
                 block = found if isinstance(found, _Found) else None
             segments.append(Segment(names, None if block is None else block.replacement))  # type: ignore[arg-type]
@@ -506,12 +506,13 @@ class _Search:
     def _checked(self, found: _Found) -> _Found | str:
         """What was found in float64, if an ordinary call in the module's own dtype agrees as far as that dtype can."""
         dtype = self._own_dtype
-        call = self._recipe.calls(detached_copy(self._module), dtype, self._example)[0]
-        expected = next(run_calls(detached_copy(self._module), [call], original_forward))
-        if expected.error:
-            return f"{_CANNOT_RUN} {expected.error} in {dtype}"
+        calls = self._recipe.calls(detached_copy(self._module), dtype, self._example)
+        calls = calls[: 2 if found.replacement.warms_up else 1]
+        expected = list(run_calls(detached_copy(self._module), calls, original_forward))
+        if expected[-1].error:
+            return f"{_CANNOT_RUN} {expected[-1].error} in {dtype}"
         agreement = _probe.compare(
-            found.replacement, detached_copy(self._module), [call], [expected], dtype, gradient_slack=_KINK_SLACK
+            found.replacement, detached_copy(self._module), calls, expected, dtype, gradient_slack=_KINK_SLACK
         )
         if agreement.refused:
             return f"in {dtype}: {next(iter(agreement.refused.values()))}"
@@ -536,7 +537,34 @@ def _configuration(module: nn.Module) -> Any:
         for key, value in _class_swap.settings_of(part, frozenset()).items()
     )
     kinds = tuple((name, type(part), part.training) for name, part in module.named_modules())
-    return (kinds, shapes, settings)
+    others = tuple((name, _other_attributes(part)) for name, part in module.named_modules())
+    return (kinds, shapes, settings, others)
+
+
+def _other_attributes(module: nn.Module) -> Any:
+    """Attributes that are no settings, and buffers of modules other than torch's: by value, or by identity."""
+    if original_class(module).__module__.startswith("torch.nn."):
+        return ()
+    values = {**module._buffers, **{k: v for k, v in vars(module).items() if k not in vars(_PLAIN)}}
+    return tuple((name, _trait(value)) for name, value in values.items() if not _class_swap.is_setting(value))
+
+
+_PLAIN = nn.Module()
+
+
+def _trait(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        few = value.numel() <= _FEW and not value.is_meta and not value.is_sparse and not value.is_quantized
+        return (value.shape, value.dtype, repr(value.tolist()) if few else id(value))
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_trait, value))
+    if isinstance(value, dict):
+        return (dict, *((_trait(k), _trait(v)) for k, v in value.items()))
+    return value if _class_swap.is_setting(value) else id(value)
+
+
+_FEW = 4096
+"""Elements of a tensor that are looked at one by one."""
 
 
 # Example inputs -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,12 +136,6 @@ def activation_of(module: nn.Module) -> tuple[str, float] | None:
     return ("none", 0.0) if isinstance(module, nn.Identity) else None
 
 
-def still_activates(block: nn.Module, parts: Parts, activation: tuple[str, float]) -> bool:
-    """Whether the block's modules, if they say so at all, still have the activation that was fused."""
-    known = {activation_of(child_at(block, path)) for path in parts.activations} - {None}
-    return not known or activation in known or activation[0] == "none"
-
-
 # The weight of a call -------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +152,12 @@ def weight_source(block: nn.Module, path: str) -> str:
     return path
 
 
+def parameter_of(conv: nn.Module) -> Tensor:
+    """Any parameter of a convolution: its ``weight`` may be computed, and lag behind, or go on iterating when read."""
+    former: dict[str, Tensor] = getattr(conv, "_former_parameters", {})  # a replica of DataParallel has only these
+    return next(itertools.chain(conv.parameters(), former.values()))
+
+
 def weight_of(block: nn.Module, path: str, source: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias that a convolution in the block would use now.
 
@@ -166,7 +167,7 @@ def weight_of(block: nn.Module, path: str, source: str) -> tuple[Tensor, Tensor 
     conv: Any = child_at(block, path)
     if source != path or conv._forward_pre_hooks:
         span = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-        child_at(block, source)(next(conv.parameters()).new_zeros(1, conv.in_channels, *span))
+        child_at(block, source)(parameter_of(conv).new_zeros(1, conv.in_channels, *span))
     return conv.weight, conv.bias
 
 

@@ -79,6 +79,9 @@ class Replacement(ABC):
     warms_up: ClassVar[bool] = False
     """Whether the module's own forward must have run once."""
 
+    covers_all: ClassVar[bool] = False
+    """Whether no module inside is called any more, whatever :meth:`covered` says."""
+
     @abstractmethod
     def semantics(self) -> str:
         """What it takes the module for, in words for the report."""

@@ -26,6 +26,7 @@ class CoherentSemanticAttention(Replacement):
 
     recipe: ClassVar[str] = "coherent_semantic_attention"
     warms_up: ClassVar[bool] = True
+    covers_all: ClassVar[bool] = True
     gradient: str
     state: frozenset[str] = frozenset({*_KEPT, "cal_fixed_flag", "c", "h", "w", "sp_x", "sp_y"})
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import original_class
+from inpaint_kernels._class_swap import has_foreign_hooks, original_class
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention
@@ -76,6 +76,7 @@ class Attention(Replacement):
     """
 
     recipe: ClassVar[str] = "contextual_attention"
+    covers_all: ClassVar[bool] = True
     preset: ContextualAttentionPreset
     name: str
     names: tuple[str, ...]
@@ -181,6 +182,8 @@ class ContextualAttention(Recipe):
         names = argument_names(module)
         if not 2 <= len(names) <= 3:
             return f"{len(names)} arguments instead of two maps and a mask"
+        if any(has_foreign_hooks(part) for part in module.modules() if part is not module):
+            return "a module inside has hooks"
         return ""
 
     def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
@@ -294,6 +297,7 @@ def _calls(module: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> li
     if takes_mask:
         calls += [call(square(0.3, 3, narrow), s, "some") for s in scales if s != ordinary]
         calls += [call(square(0.3, 3, narrow), 0, "none"), call(square(0.3, 4, narrow), ordinary, "some", masks=1)]
+    calls.append(call(square(1e-5, 10, narrow), ordinary, "some"))  # patches shorter than every published eps
     layout = square(0.1, 5, narrow).contiguous(memory_format=torch.channels_last)
     calls.append(call(layout, ordinary, "some"))
     calls.append(call(_maps(narrow, wide, 0.3, 6, dtype, device), ordinary, "some"))

@@ -23,9 +23,9 @@ from inpaint_kernels.recipes._convolution import (
     map_calls,
     map_kinds,
     paddings_of,
+    parameter_of,
     parts_of,
     reach_of,
-    still_activates,
     weight_of,
     weight_source,
 )
@@ -65,9 +65,7 @@ class ConvolutionBlock(BlockReplacement):
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """One map."""
         conv: Any = child_at(module, self.convolution)
-        if not still_activates(module, self.parts, self.activation):
-            return "another activation than when probed"
-        return map_kinds(args, kwargs, next(conv.parameters()).dtype)
+        return map_kinds(args, kwargs, parameter_of(conv).dtype)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output."""

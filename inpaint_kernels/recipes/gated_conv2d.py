@@ -23,9 +23,9 @@ from inpaint_kernels.recipes._convolution import (
     map_calls,
     map_kinds,
     paddings_of,
+    parameter_of,
     parts_of,
     reach_of,
-    still_activates,
     weight_of,
     weight_source,
 )
@@ -84,9 +84,7 @@ class GatedBlock(BlockReplacement):
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """One map."""
         conv: Any = child_at(module, self.features)
-        if self.activation is not None and not still_activates(module, self.parts, self.activation):
-            return "another activation than when probed"
-        return map_kinds(args, kwargs, conv.bias.dtype if conv.bias is not None else _dtype_of(conv))
+        return map_kinds(args, kwargs, parameter_of(conv).dtype)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output."""
@@ -161,10 +159,6 @@ def _apply(x: Tensor, name: str, slope: float) -> Tensor:
     if name == "leaky_relu":
         return nn.functional.leaky_relu(x, slope)
     return nn.functional.elu(x) if name == "elu" else nn.functional.relu(x)
-
-
-def _dtype_of(conv: nn.Module) -> torch.dtype:
-    return next(conv.parameters()).dtype
 
 
 class GatedConvolution(Recipe):
