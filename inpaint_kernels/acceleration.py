@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inpaint_kernels import _class_swap, _probe
-from inpaint_kernels._class_swap import Swap, is_swapped, original_class, restore_class, swap_class
-from inpaint_kernels._probe import (
+from inpaint_kernels.recipes import _class_swap, _probe
+from inpaint_kernels.recipes._class_swap import Swap, is_swapped, original_class, restore_class, swap_class
+from inpaint_kernels.recipes._convolution import is_plain_convolution
+from inpaint_kernels.recipes._probe import (
     Agreement,
     Outcome,
     copy_in_mode,
@@ -23,7 +24,6 @@ from inpaint_kernels._probe import (
     original_forward,
     run_calls,
 )
-from inpaint_kernels.recipes._convolution import is_plain_convolution
 from inpaint_kernels.recipes._replacement import Call, Form, Recipe, Replacement, form_of
 from inpaint_kernels.recipes.coherent_semantic_attention import CoherentSemanticAttentions
 from inpaint_kernels.recipes.contextual_attention import ContextualAttention

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaint_kernels import accelerate, accelerated, acceleration
-from inpaint_kernels._class_swap import is_swapped
-from inpaint_kernels._probe import detached_copy
 from inpaint_kernels.acceleration import AccelerationReport, ModuleReport
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import _GRID_INDEX
 from inpaint_kernels.recipes import contextual_attention as attention_recipe
+from inpaint_kernels.recipes._class_swap import is_swapped
+from inpaint_kernels.recipes._probe import detached_copy
 from inpaint_kernels.recipes.gated_conv2d import GatedConvolution
 from tests.compare import relative_error
 from tests.foreign_modules import (

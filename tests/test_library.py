@@ -128,16 +128,17 @@ FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
-    "__init__": {*FOUNDATION, "flow_color", "ops"},
+    "__init__": {*FOUNDATION, "acceleration", "flow_color", "ops"},
     "__main__": {"cli"},
     "_backends": {"_compile", "_native"},
     "_checks": {"_compile"},
     "_compile": set(),
     "_native": {"_compile"},
     "_packed_weights": set(),
+    "acceleration": {"recipes"},
     "cli": {"comparison", "images", "info", "inpaint", "masks", "panels", PUBLIC},
     "comparison": {PUBLIC},
-    "drop_in": {"ops"},
+    "drop_in": {"_checks", "flow_color", "ops"},
     "flow_color": {"_checks"},
     "images": set(),
     "info": {"_backends", "_native"},
@@ -149,6 +150,7 @@ MAY_IMPORT = {
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
     "panels": {"images", PUBLIC},
     "portable": {"portable"},
+    "recipes": {"flow_color", "ops", "recipes"},
     "reference": {"reference"},
     "triton_kernels": {"_packed_weights", "portable", "triton_kernels"},
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from inpaint_kernels._class_swap import child_at, has_foreign_hooks, original_class
+from inpaint_kernels.recipes._class_swap import child_at, has_foreign_hooks, original_class
 from inpaint_kernels.recipes._replacement import Call, Replacement, device_of, is_map, probe_map
 
 PADS = (nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.CircularPad2d)

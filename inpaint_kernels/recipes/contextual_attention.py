@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import has_foreign_hooks, original_class
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention
+from inpaint_kernels.recipes._class_swap import has_foreign_hooks, original_class
 from inpaint_kernels.recipes._replacement import (
     Call,
     Form,

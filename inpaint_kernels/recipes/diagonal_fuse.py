@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inpaint_kernels._class_swap import original_class
+from inpaint_kernels.recipes._class_swap import original_class
 from inpaint_kernels.recipes._replacement import Call, Form, Recipe, Replacement
 from inpaint_kernels.recipes.contextual_attention import ContextualAttention, argument_names
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import child_at
 from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d
+from inpaint_kernels.recipes._class_swap import child_at
 from inpaint_kernels.recipes._convolution import (
     FUSED_ACTIVATIONS,
     BlockReplacement,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import child_at, has_foreign_hooks
 from inpaint_kernels.ops.partial_conv2d import partial_conv2d
+from inpaint_kernels.recipes._class_swap import child_at, has_foreign_hooks
 from inpaint_kernels.recipes._convolution import is_plain_convolution
 from inpaint_kernels.recipes._replacement import (
     Call,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from inpaint_kernels._class_swap import child_at
+from inpaint_kernels.recipes._class_swap import child_at
 from inpaint_kernels.recipes._convolution import ACTIVATIONS, PADS, activation_of, is_plain_convolution
 from inpaint_kernels.recipes._replacement import Replacement
 from inpaint_kernels.recipes.dilated_conv2d import ConvolutionBlock

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inpaint_kernels._class_swap import original_class, settings_of
+from inpaint_kernels.recipes._class_swap import original_class, settings_of
 from inpaint_kernels.recipes._replacement import Call, Replacement
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
