@@ -267,6 +267,10 @@ class _Acceleration:
         if is_swapped(module):
             self._keep(module, name, "its forward is a replacement already")
             return
+        inside = "module" if isinstance(module, _WRAPPERS) else "_orig_mod"  # of torch.compile
+        if inside in module._modules:
+            self.visit(module.get_submodule(inside), f"{name}.{inside}".lstrip("."))
+            return
         refusal = _refusal(module)
         if refusal:
             self._keep(module, name, refusal)

@@ -999,6 +999,12 @@ def test_data_parallel_is_looked_into():
     assert_same_step(model, original, image())
 
 
+def test_data_parallel_inside_a_model_still_spreads():
+    model = Cell(nn.DataParallel(plain_block()), act=nn.MaxPool2d(2))
+    report = accelerate(Cell(nn.DataParallel(plain_block()), "", None))
+    assert only(report).name == only(accelerate(model)).name == "conv.module"
+
+
 def replica(module: Any) -> Any:
     """What torch.nn.parallel.replicate makes for another device, here on the same one."""
     made = module._replicate_for_data_parallel()
@@ -1051,6 +1057,17 @@ def test_a_model_is_compiled_before_or_after():
     assert torch.equal(before(x), expected)
 
 
+def test_a_compiled_module_inside_a_model_is_looked_into():
+    inner = plain_block().double()
+    x = image(1, 3, 8, 8)
+    compiled: Any = torch.compile(inner, backend="eager")
+    model = nn.Sequential(compiled, nn.MaxPool2d(2))
+    expected = model(x)
+    assert only(accelerate(model)).name == "0._orig_mod"
+    assert is_swapped(inner)
+    assert relative_error(model(x), expected) < TOLERANCE
+
+
 def test_weights_normalised_after_and_undone():
     module = Counting(3, 4, 3, padding=1).double()
     original = copy.deepcopy(module)
@@ -1100,31 +1117,30 @@ def test_what_the_model_raises_for_example_inputs_is_raised_and_nothing_changes(
     assert not any(map(is_swapped, model.modules()))
 
 
-def test_channels_last_is_reported_and_undone(monkeypatch):
+def test_channels_last_is_reported_used_without_gradient_and_undone(monkeypatch):
     monkeypatch.setattr(acceleration, "_GAIN", 0.0)
-    model, x = Shifted(), image(1, 3, 8, 8, dtype=torch.float32)
-    strides = [p.stride() for p in model.parameters()]
+    model, x = Shifted(), image(2, 3, 8, 8, dtype=torch.float32)
+    parameters = [(p, p.stride(), p.data_ptr()) for p in model.parameters()]
     expected, values = model(x), copy.deepcopy(model.state_dict())
     report = accelerate(model, x)
     layouts = [entry for entry in report.replaced if entry.recipe == "channels_last"]
     assert len(layouts) == 1
     assert "channels_last" in str(report)
     seen: list[bool] = []
-    model.tail.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    model.body.register_forward_hook(lambda m, args, y: seen.append(y.is_contiguous()))
     with torch.no_grad():
-        y = model(x)
-    assert y.is_contiguous()
-    assert relative_error(y, expected) < 1e-5
-    assert relative_error(model(x), expected) < 1e-5
-    assert seen == [False, True]  # with a gradient maps stay as they are
+        assert model(x).is_contiguous()
+        assert relative_error(model(x), expected) < 1e-5
+    assert model(x).is_contiguous()
+    assert seen == [False, False, True]
     report.undo()
     assert type(model) is Shifted
-    assert [p.stride() for p in model.parameters()] == strides
+    assert [(p, p.stride(), p.data_ptr()) for p in model.parameters()] == parameters
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
     assert torch.equal(model(x), expected)
 
 
-def test_undone_channels_last_keeps_what_training_and_casts_did(monkeypatch):
+def test_undo_keeps_what_training_and_casts_did(monkeypatch):
     monkeypatch.setattr(acceleration, "_GAIN", 0.0)
     model, x = Shifted(), image(1, 3, 8, 8, dtype=torch.float32)
     report = accelerate(model, x)
@@ -1134,7 +1150,5 @@ def test_undone_channels_last_keeps_what_training_and_casts_did(monkeypatch):
     values = [p.detach().clone() for p in model.parameters()]
     model.double()
     report.undo()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert all(torch.equal(p.float(), value) for p, value in zip(model.parameters(), values, strict=True))
-    assert next(model.parameters()).is_contiguous()
+    assert all(torch.equal(p, value.double()) for p, value in zip(model.parameters(), values, strict=True))
     model(x.double())

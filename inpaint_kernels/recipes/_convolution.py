@@ -81,7 +81,8 @@ def parts_of(block: nn.Module) -> Parts:
 
 
 def _leaves(block: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if path and (isinstance(block, nn.Conv2d) or not block._modules):
+    spread = isinstance(block, (nn.DataParallel, nn.parallel.DistributedDataParallel))  # its own call is to happen
+    if path and (isinstance(block, nn.Conv2d) or spread or not block._modules):
         yield path, block
         return
     if next(block.parameters(recurse=False), None) is not None:
@@ -110,7 +111,10 @@ def block_mismatch(block: nn.Module, parts: Parts) -> str:
     if parts.others:
         return f"it holds a {type(block.get_submodule(parts.others[0].lstrip('.'))).__name__}"
     hooked = next((path for path in parts.all if has_foreign_hooks(block.get_submodule(path))), None)
-    return "" if hooked is None else f"{hooked} has hooks"
+    if hooked is not None:
+        return f"{hooked} has hooks"
+    own = next((path for path in parts.all if "forward" in vars(block.get_submodule(path))), None)
+    return "" if own is None else f"{own} has a forward of its own"
 
 
 def takes_one_map(block: nn.Module) -> bool:
@@ -154,6 +158,9 @@ def weight_source(block: nn.Module, path: str) -> str:
 
 def parameter_of(conv: nn.Module) -> Tensor:
     """Any parameter of a convolution: its ``weight`` may be computed, and lag behind, or go on iterating when read."""
+    own = next((p for p in conv._parameters.values() if p is not None), None)
+    if own is not None:
+        return own
     former: dict[str, Tensor] = getattr(conv, "_former_parameters", {})  # a replica of DataParallel has only these
     return next(itertools.chain(conv.parameters(), former.values()))
 
