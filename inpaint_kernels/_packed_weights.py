@@ -105,7 +105,7 @@ PACKED_WEIGHTS = PackedWeights()
 
 
 def _may_be_kept(weight: Tensor, needs_version: bool) -> bool:
-    if isinstance(weight, FakeTensor) or torch.compiler.is_compiling():
+    if isinstance(weight, FakeTensor) or torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     if needs_version and weight.is_inference():  # has no version
         return False

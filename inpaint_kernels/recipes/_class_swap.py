@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from inpaint_kernels.recipes._replacement import Replacement
+from inpaint_kernels.recipes._replacement import WARM_UP, Replacement
 
 SLOT = "_inpaint_kernels_swap"
 """Attribute that holds a module's :class:`Swap`."""
@@ -103,6 +103,8 @@ class Swap:
 
     def fell_back(self, reason: str) -> None:
         """Count a call of the original forward, and warn of the first with this reason."""
+        if reason == WARM_UP:
+            return
         self.fallbacks[reason] += 1
         if self.fallbacks[reason] == 1:
             warnings.warn(f"{self.name}: the original forward runs: {reason}", RuntimeWarning, stacklevel=4)

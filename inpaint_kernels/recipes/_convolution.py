@@ -238,14 +238,14 @@ def paddings_of(block: nn.Module, parts: Parts) -> list[Padding]:
 # Calls ----------------------------------------------------------------------------------------------------------------
 
 
-def map_kinds(args: Sequence[Any], kwargs: dict[str, Any], weight_dtype: torch.dtype) -> frozenset[str] | str:
-    """The kind of a call with one map."""
+def map_kinds(conv: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> frozenset[str] | str:
+    """The kind of a call with one map, for this convolution."""
     if len(args) != 1 or kwargs:
         return "not one argument"
     if not is_map(args[0]):
         return "not a map [B, C, H, W]"
-    if args[0].dtype != weight_dtype:
-        return "a map of another dtype than the weight"
+    if args[0].dtype != parameter_of(conv).dtype or args[0].shape[1] != conv.in_channels:
+        return "a map of another dtype or number of channels than the weight"
     return frozenset({"map"})
 
 

@@ -183,7 +183,7 @@ def _observe(module: nn.Module, call: Call, forward: Forward, seed: int, gradien
     saved = [x.detach().clone() if isinstance(x, Tensor) else None for x in given]
     try:
         with torch.random.fork_rng(devices=()), torch.set_grad_enabled(gradient):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs
             output = forward(module, *given, **call.kwargs)
         written = {
             i: x.detach().clone()

@@ -61,6 +61,10 @@ class Call:
         return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
+WARM_UP = "the first call, which the module needs"
+"""Why the original forward runs where that is no surprise: it is neither counted nor warned of."""
+
+
 class Replacement(ABC):
     """Another way to compute what a module computes.
 
@@ -77,7 +81,7 @@ class Replacement(ABC):
     """Results made of an argmax, which ties may decide otherwise: a share of their pixels may differ."""
 
     warms_up: ClassVar[bool] = False
-    """Whether the module's own forward must have run once."""
+    """Whether the module's own forward must have run once; :meth:`kinds` says ``WARM_UP`` then."""
 
     covers_all: ClassVar[bool] = False
     """Whether no module inside is called any more, whatever :meth:`covered` says."""
@@ -107,6 +111,9 @@ class Recipe(ABC):
     """How to recognise one family of modules."""
 
     name: ClassVar[str]
+
+    uses_example: ClassVar[bool] = False
+    """Whether :meth:`calls` are other ones with an example."""
 
     @property
     def family(self) -> str:

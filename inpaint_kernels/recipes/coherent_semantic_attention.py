@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inpaint_kernels.ops.coherent_semantic_attention import coherent_semantic_attention
-from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement, device_of, is_map, probe_map
+from inpaint_kernels.recipes._replacement import WARM_UP, Call, Recipe, Replacement, device_of, is_map, probe_map
 from inpaint_kernels.recipes.contextual_attention import argument_names
 
 _KEPT = ("flag", "nonmask_point_idx", "flatten_offsets", "mask_point_idx")
@@ -43,7 +43,7 @@ class CoherentSemanticAttention(Replacement):
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != args[0].shape[2:]:
             return "a mask of another size than the map"
         if not isinstance(layer.sp_x, Tensor):
-            return "the first call, which makes the layer's tables"
+            return WARM_UP
         flags = _flags(layer)
         if not bool(flags.any()):
             return "a mask without a hole"

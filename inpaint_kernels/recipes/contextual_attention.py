@@ -170,6 +170,7 @@ class ContextualAttention(Recipe):
     """A module without trained parameters that makes one map of two."""
 
     name: ClassVar[str] = "contextual_attention"
+    uses_example: ClassVar[bool] = True
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""

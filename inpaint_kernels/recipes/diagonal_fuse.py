@@ -126,6 +126,7 @@ class DiagonalFuses(Recipe):
     """A module that holds or makes a unit matrix and convolves with it."""
 
     name: ClassVar[str] = "diagonal_fuse"
+    uses_example: ClassVar[bool] = True
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""

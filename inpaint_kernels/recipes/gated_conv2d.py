@@ -23,7 +23,6 @@ from inpaint_kernels.recipes._convolution import (
     map_calls,
     map_kinds,
     paddings_of,
-    parameter_of,
     parts_of,
     reach_of,
     weight_of,
@@ -84,7 +83,7 @@ class GatedBlock(BlockReplacement):
     def kinds(self, module: nn.Module, *args: Any, **kwargs: Any) -> frozenset[str] | str:
         """One map."""
         conv: Any = child_at(module, self.features)
-        return map_kinds(args, kwargs, parameter_of(conv).dtype)
+        return map_kinds(conv, args, kwargs)
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The block's output."""
