@@ -36,7 +36,7 @@ demo: $(WITH)-demo $(COMPILED)
 	$(PY) benches/demo.py
 
 test: $(WITH)-dev $(COMPILED)
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow" -n logical
 
 bench: $(WITH)-dev $(COMPILED)
 	$(PY) -m pytest benches --benchmark-json=$(BENCH_JSON)

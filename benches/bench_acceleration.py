@@ -30,7 +30,6 @@ RACES = (
     ("daa233", 1024, "inference"),
     ("nipponjo", 256, "training step"),
     ("daa233", 256, "training step"),
-    ("csqiangwen", 256, "inference"),
     ("mmagic_deepfillv2", 256, "inference"),
     ("knazeri_inpaint", 256, "inference"),
     ("otenim", 256, "inference"),

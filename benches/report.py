@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
+ACCELERATE_BEGIN, ACCELERATE_END = "<!-- accelerate: begin -->", "<!-- accelerate: end -->"
 NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 EAGER, COMPILED = "eager", "torch.compile"
@@ -36,6 +37,7 @@ OWN = (OURS, PORTABLE, NAIVE, "naive compiled")
 YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
+ACCELERATE, PUBLISHED = "accelerate", "published"
 HOG, SKIMAGE, OPENCV, COPY = "hog", "scikit-image", "OpenCV 4", "copy of the bytes"
 # Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
 # measured. A tf32 or bf16 product runs on the matrix units.
@@ -146,7 +148,7 @@ def full_tables(races: Races) -> str:
         parts += [
             f"### {case}",
             "",
-            f"{_size(facts)}, {facts['channels']} channels{noise}.",
+            f"{_size(facts)}{noise}.",
             "",
             _table(("provider", "wall", "CPU", "extra memory", "error", "time / ours"), rows),
             "",
@@ -156,8 +158,10 @@ def full_tables(races: Races) -> str:
 
 def _size(facts: dict[str, Any]) -> str:
     if facts["op"] == HOG:
-        return f"{facts['batch']} x {facts['size']} x {facts['size']} pixels"
-    return f"{facts['keys']:,} keys, {facts['queries']:,} queries"
+        return f"{facts['batch']} x {facts['size']} x {facts['size']} pixels, {facts['channels']} channels"
+    if facts["op"] == ACCELERATE:
+        return f"{facts['size']} x {facts['size']} pixels"
+    return f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels"
 
 
 def summary(races: Races) -> str:
@@ -483,6 +487,49 @@ def _hog_title(facts: dict[str, Any]) -> str:
     return facts["case"].replace("-", " ")
 
 
+# Whole models --------------------------------------------------------------------------------------------------------
+
+
+def acceleration_summary(races: Races) -> str:
+    """The README's table of whole public models before and after ``accelerate``; empty without a race."""
+    models = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == ACCELERATE}
+    if not models:
+        return ""
+    header = (
+        "generator, unmodified",
+        "as published",
+        "the same in channels_last",
+        "after the one line",
+        "speed-up over them",
+        "extra memory, before and after",
+    )
+    chosen = sorted(models.values(), key=lambda contenders: (_facts(contenders)["direction"], contenders[OURS].wall))
+    return f"{_table(header, map(_acceleration_row, chosen))}\n\n{provenance_line(models)} Batch 1, random weights."
+
+
+def _acceleration_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    facts, ours, published = _facts(contenders), contenders[OURS], contenders[PUBLISHED]
+    layouts = {entry.provider == PUBLISHED: entry for entry in published.entries}
+    plain, last = layouts.get(True), layouts.get(False)
+    seconds = ["-" if entry is None else _seconds(entry.wall_median) for entry in (plain, last)]
+    ratios = [_layout_ratio(entry, ours) for entry in (plain, last)]
+    memory = (plain or published.entries[0]).peak_mib
+    return (
+        f"{facts['repository']} (`{facts['model']}`), {facts['size']}x{facts['size']}, {facts['direction']}",
+        *seconds,
+        f"**{_seconds(ours.wall)}**",
+        " / ".join(ratios),
+        f"{_mebibytes(memory)}, {_mebibytes(ours.peak_mib)}",
+    )
+
+
+def _layout_ratio(entry: Entry | None, ours: Contender) -> str:
+    if entry is None:
+        return "-"
+    pairs = zip(entry.wall, ours.entries[0].wall, strict=True)
+    return f"{statistics.median(theirs / own for theirs, own in pairs):.2f}x"
+
+
 # GPU -----------------------------------------------------------------------------------------------------------------
 
 
@@ -709,6 +756,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document = update_between_markers(options.update.read_text(encoding="utf-8"), summary(races))
         if HOG_BEGIN in document:
             document = update_between_markers(document, hog_summary(races), HOG_BEGIN, HOG_END)
+        if ACCELERATE_BEGIN in document:
+            document = update_between_markers(document, acceleration_summary(races), ACCELERATE_BEGIN, ACCELERATE_END)
         if GPU_BEGIN in document:
             document = update_between_markers(document, gpu_summary(), GPU_BEGIN, GPU_END)
         options.update.write_text(document, encoding="utf-8")

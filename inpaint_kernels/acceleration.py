@@ -656,7 +656,7 @@ def _check_model(report: AccelerationReport, model: nn.Module, example: Call, ex
 
 
 def _timed_error(model: nn.Module, example: Call, expected: Any) -> tuple[float, float]:
-    """Seconds of a run, the better of two, and how far the first one's results are off: some modules go on iterating."""
+    """Seconds of a run, the better of two, and how far the first one's results are off: some modules iterate on."""
     first, result = _timed(functools.partial(_run, model, example), example)
     second, _ = _timed(functools.partial(_run, model, example), example)
     return min(first, second), _model_error(result, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,11 @@ from benches.hog_case import HogCase
 from inpaint_kernels.reference import contextual_attention as reference
 
 EXACT = (torch.arange(4.0),)
+
+
+def alone() -> dict[str, str]:
+    """The environment of a pytest that is no worker of this one's: benchmarks are off in workers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def make_provider(name: str, outputs: harness.Outputs = EXACT, calls: list[str] | None = None, **options: Any):
@@ -219,7 +225,7 @@ def test_a_race_from_the_command_line_to_the_report(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "benches", "-q", "-p", "no:cacheprovider", "--race-rounds", "2"]
     selection = ["-k", "16x16-forward-soft and (ours or portable)", f"--benchmark-json={output}"]
-    done = subprocess.run([*command, *selection], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([*command, *selection], cwd=root, capture_output=True, text=True, env=alone())
     assert done.returncode == 0, done.stdout
     assert str(root) not in output.read_text()
     races = report.load([output])
@@ -310,6 +316,7 @@ def test_a_layer_from_the_command_line_to_the_report(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
+        env=alone(),
     )
     assert done.returncode == 0, done.stdout
     (layers,) = report.networks(report.load([output]))

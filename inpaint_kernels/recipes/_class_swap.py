@@ -65,12 +65,16 @@ class Swap:
 
     def refusal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why the original forward must run this call; empty if the replacement may."""
+        if not torch.compiler.is_compiling():
+            changes = self._changes(module)
+            if changes:
+                return changes
         kinds = self.replacement.kinds(module, *args, **kwargs)
         if isinstance(kinds, str):
             return kinds
         if not kinds <= self.allowed:
             return f"not the same when probed: {', '.join(sorted(kinds - self.allowed))}"
-        return self._tensors_refusal(args, kwargs) or ("" if torch.compiler.is_compiling() else self._changes(module))
+        return self._tensors_refusal(args, kwargs)
 
     def _tensors_refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for x in (*args, *kwargs.values()):
