@@ -492,7 +492,7 @@ def _hog_title(facts: dict[str, Any]) -> str:
 
 def acceleration_summary(races: Races) -> str:
     """The README's table of whole public models before and after ``accelerate``; empty without a race."""
-    models = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == ACCELERATE}
+    models = {case: c for case, c in races.items() if _facts(c)["op"] == ACCELERATE and OURS in c}
     if not models:
         return ""
     header = (

@@ -88,6 +88,12 @@ def test_readme_hog_table_is_that_of_the_committed_results():
     assert between == table, "write it with: python benches/report.py --update README.md"
 
 
+def test_readme_acceleration_table_is_that_of_the_committed_results():
+    table = report.acceleration_summary(report.load(sorted(report.RESULTS.glob("*.json"))))
+    between = README.split(report.ACCELERATE_BEGIN)[1].split(report.ACCELERATE_END)[0].strip()
+    assert between == table, "write it with: python benches/report.py --update README.md"
+
+
 def test_readme_gpu_tables_are_those_of_the_evidence():
     between = README.split(report.GPU_BEGIN)[1].split(report.GPU_END)[0].strip()
     assert between == report.gpu_summary(), "write them with: python benches/report.py --update README.md"

@@ -23,7 +23,7 @@ _SMALL_GRADIENT = 0.01
 """Share of the largest gradient of a call below which a gradient's error is measured by that share."""
 
 _DISCRETE_SHARE = 0.05
-"""Share of pixels of a result made of an argmax that ties may decide otherwise: 0.02 with scores near zero in float32."""
+"""Share of pixels of a result made of an argmax that ties may decide otherwise; 0.02 with tiny scores in float32."""
 
 Forward = Callable[..., Any]
 
