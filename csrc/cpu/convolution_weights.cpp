@@ -25,7 +25,7 @@ Tensor convolution_pack_weight(const Tensor& weight, bool gated, bool gate_first
 // A number that another weight, or this one after a change, does not have (but for one in 2^64). Eight chains hide the
 // latency of the multiplication: a weight is read about as quickly as memory delivers it.
 int64_t convolution_weight_digest(const Tensor& weight) {
-  map_of<const uint8_t>(weight, "weight");  // for its checks: all bytes are those of elements
+  map_of<const uint8_t>(weight, "weight");           // for its checks: all bytes are those of elements
   constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;  // 2^64 over the golden ratio
   constexpr int64_t kChains = 8, kWordBytes = sizeof(uint64_t);
   // Both halves of the product: the lower one alone would never move a high bit, such as a sign, down.
