@@ -368,8 +368,6 @@ class _Acceleration:
         fuses_nothing = isinstance(found.replacement, ConvolutionBlock) and is_plain_convolution(module)
         if fuses_nothing and (speedup is None or speedup < _GAIN):
             return _not_worth(speedup)
-        if speedup is not None and speedup * _GAIN < 1:
-            return f"{found.replacement.recipe}, but its own forward is quicker at this size: {1 / speedup:.2f}x"
         swap = Swap(
             name or type(module).__name__, module, found.replacement, frozenset(found.agreement.allowed), found.dtypes
         )
