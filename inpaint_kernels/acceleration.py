@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -524,6 +525,8 @@ class _Search:
         dtype = self._own_dtype
         calls = self._recipe.calls(detached_copy(self._module), dtype, self._example)
         calls = calls[: 2 if found.replacement.warms_up else 1]
+        if not calls:
+            return _NO_CALL
         expected = list(run_calls(detached_copy(self._module), calls, original_forward))
         if expected[-1].error:
             return f"{_CANNOT_RUN} {expected[-1].error} in {dtype}"
@@ -538,7 +541,8 @@ class _Search:
 
 def _dtype_of(module: nn.Module, example: Call | None) -> torch.dtype:
     """The dtype that the module works in."""
-    candidates = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    held = itertools.chain(module.parameters(), module.buffers())
+    candidates = [tensor.dtype for tensor in held if tensor.is_floating_point()]
     if example is not None:
         candidates += [x.dtype for x in example.args if isinstance(x, Form) and x.dtype.is_floating_point]
     return candidates[0] if candidates else torch.float32

@@ -168,6 +168,23 @@ def test_attention_that_pastes_a_larger_map_is_recognised():
     assert (entry.recipe, entry.semantics) == ("contextual_attention", "pennet")
 
 
+class WithBuffer(Lookup):
+    """The same layer, float64 only: a constant that it multiplies with is a buffer."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("one", torch.ones(1, 1, 3, 3, dtype=torch.float64))
+
+    def forward(self, f: Tensor, b: Tensor, mask: Tensor | None = None) -> Any:
+        nn.functional.conv2d(f[:, :1], self.one)  # type: ignore[arg-type]  # raises for another dtype
+        return super().forward(f, b, mask)
+
+
+def test_attention_with_a_buffer_is_probed_in_its_dtype(small_probes):
+    entry = accepted(WithBuffer(**FORMS["nipponjo"]), *attention_arguments(8))
+    assert entry.recipe == "contextual_attention"
+
+
 def test_attention_that_returns_none_beside_its_map_is_recognised(small_probes):
     module = Lookup(**FORMS["nipponjo"], returns="none")
     accepted(module, *attention_arguments(8))
