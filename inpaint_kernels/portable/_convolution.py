@@ -156,6 +156,12 @@ def input_of(x: Tensor, band: Band, geometry: Geometry, kernel: tuple[int, int])
 # The convolution ------------------------------------------------------------------------------------------------------
 
 
+def convolution_padding(geometry: Geometry) -> tuple[int, int] | None:
+    """The padding (rows, columns) that a convolution applies itself; None where the input is padded before."""
+    top, bottom, left, right = geometry.pad
+    return (top, left) if not geometry.reflect and top == bottom and left == right else None
+
+
 def prepare(x: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
     """The input as a convolution with symmetric zero padding takes it, and that padding (rows, columns)."""
     if geometry.upsample > 1:
@@ -164,8 +170,9 @@ def prepare(x: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, int]]:
     if top < 0 or bottom < 0:  # a band may need half of the first or last enlarged pixel
         x = x[:, :, max(-top, 0) : x.shape[2] + min(bottom, 0)]
         top, bottom = max(top, 0), max(bottom, 0)
-    if not geometry.reflect and top == bottom and left == right:
-        return x, (top, left)
+    own = convolution_padding(geometry._replace(pad=(top, bottom, left, right)))
+    if own is not None:
+        return x, own
     if top or bottom or left or right:
         x = F.pad(x, (left, right, top, bottom), mode="reflect" if geometry.reflect else "constant")
     return x, (0, 0)

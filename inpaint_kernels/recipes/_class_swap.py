@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 import types
 import warnings
 from collections import Counter
@@ -147,6 +148,16 @@ def original_class(module: nn.Module) -> type[nn.Module]:
         if _Swapped in kind.__bases__:
             return cast("type[nn.Module]", kind.__bases__[1])
     return type(module)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of the module's forward; none if it takes any number."""
+    try:
+        parameters = list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(p.name for p in parameters) if all(p.kind in usual for p in parameters) else ()
 
 
 class _Swapped(nn.Module):

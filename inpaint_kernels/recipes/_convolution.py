@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from inpaint_kernels.recipes._class_swap import child_at, has_foreign_hooks, original_class
-from inpaint_kernels.recipes._replacement import Call, Replacement, device_of, is_map, probe_map
+from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement, device_of, is_map, probe_map
 
 PADS = (nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.CircularPad2d)
 NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
@@ -284,3 +284,15 @@ class BlockReplacement(Replacement):
 
     def covered(self) -> tuple[str, ...]:
         return ("", *(path for path in self.parts.all if path not in self.called))
+
+
+class BlockRecipe(Recipe):
+    """A recipe for blocks of convolutions with one map as their argument: all of them try the same calls."""
+
+    family = "block"
+
+    def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
+        """As in the base class."""
+        parts = parts_of(module)
+        conv: Any = module.get_submodule(parts.convolutions[0])
+        return map_calls(module, conv.in_channels, reach_of(module, parts), dtype)

@@ -92,6 +92,16 @@ def run_calls(module: nn.Module, calls: Sequence[Call], forward: Forward, gradie
         yield _observe(module, call, forward, number, gradient)
 
 
+def works(module: nn.Module, call: Call) -> bool:
+    """Whether the module can be called so."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            module(*call.args, **call.kwargs)
+    except Exception:  # whatever a foreign module raises
+        return False
+    return True
+
+
 def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward."""
     return original_class(module).forward(module, *args, **kwargs)

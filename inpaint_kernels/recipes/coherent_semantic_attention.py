@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from inpaint_kernels.ops.coherent_semantic_attention import coherent_semantic_attention
+from inpaint_kernels.recipes._class_swap import argument_names
 from inpaint_kernels.recipes._replacement import WARM_UP, Call, Recipe, Replacement, device_of, is_map, probe_map
-from inpaint_kernels.recipes.contextual_attention import argument_names
 
 _KEPT = ("flag", "nonmask_point_idx", "flatten_offsets", "mask_point_idx")
 

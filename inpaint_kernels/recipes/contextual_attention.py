@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from inpaint_kernels.flow_color import flow_to_color
 from inpaint_kernels.ops._contextual_attention_presets import PRESETS, ContextualAttentionPreset
 from inpaint_kernels.ops.contextual_attention import ContextualAttentionResult, contextual_attention
-from inpaint_kernels.recipes._class_swap import has_foreign_hooks, original_class
+from inpaint_kernels.recipes._class_swap import argument_names, has_foreign_hooks, original_class
+from inpaint_kernels.recipes._probe import works
 from inpaint_kernels.recipes._replacement import (
     Call,
     Form,
@@ -212,16 +212,6 @@ class ContextualAttention(Recipe):
                     yield Attention(changed, name, names, values_first, kind, sequence, flow)
 
 
-def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of the module's forward; none if it takes any number."""
-    try:
-        parameters = list(inspect.signature(original_class(module).forward).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return ()
-    usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return tuple(p.name for p in parameters) if all(p.kind in usual for p in parameters) else ()
-
-
 def _second_result(output: Sequence[Any], sequence: type) -> list[tuple[str, type, Flow | None]]:
     image = output[1]
     if image is None:
@@ -251,21 +241,12 @@ def _maps(side: int, width: int, scale: float, seed: int, dtype: torch.dtype, de
     return probe_map((2, _CHANNELS, side, width), dtype, device, seed, scale)
 
 
-def _works(module: nn.Module, call: Call) -> bool:
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
-            module(*call.args)
-    except Exception:  # whatever a foreign module raises
-        return False
-    return True
-
-
 def _takes_values_first(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether it takes a map, and one of half its sides, and nothing else."""
     device = device_of(module)
     mask = probe_holes((2, 1, 32, 32), dtype, device, "some")
     small, large = (_maps(side, side, 1, 3, dtype, device) for side in (16, 32))
-    return _works(module, Call((large, small, mask))) and not _works(module, Call((large, large, mask)))
+    return works(module, Call((large, small, mask))) and not works(module, Call((large, large, mask)))
 
 
 def _scale_of(example: Call | None) -> tuple[int, ...]:
@@ -291,7 +272,7 @@ def _calls(module: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> li
         return _maps(side, side, amplitude, seed, dtype, device)
 
     scales = scales if takes_mask else (0,)
-    ordinary = next((s for s in (4, *scales) if _works(module, call(square(1, 0), s, "some"))), scales[0])
+    ordinary = next((s for s in (4, *scales) if works(module, call(square(1, 0), s, "some"))), scales[0])
     calls = [call(square(1, 0), ordinary, "some")]
     calls += [call(square(amplitude, 1), ordinary, "some") for amplitude in (0.1, 0.01)]
     calls += [call(square(0.3, 2, narrow), ordinary, holes) for holes in ("none", "all")] if takes_mask else []

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inpaint_kernels.recipes._class_swap import original_class
+from inpaint_kernels.recipes._class_swap import argument_names, original_class
 from inpaint_kernels.recipes._replacement import Call, Form, Recipe, Replacement
-from inpaint_kernels.recipes.contextual_attention import ContextualAttention, argument_names
+from inpaint_kernels.recipes.contextual_attention import ContextualAttention
 
 _LARGEST_MAP = 64 * 64
 """Positions of a map up to which an example is probed."""

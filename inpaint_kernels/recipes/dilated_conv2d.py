@@ -14,6 +14,7 @@ from inpaint_kernels.ops.dilated_conv2d import dilated_conv2d
 from inpaint_kernels.recipes._class_swap import child_at
 from inpaint_kernels.recipes._convolution import (
     FUSED_ACTIVATIONS,
+    BlockRecipe,
     BlockReplacement,
     Padding,
     Parts,
@@ -24,7 +25,6 @@ from inpaint_kernels.recipes._convolution import (
     map_kinds,
     paddings_of,
     parts_of,
-    reach_of,
     weight_of,
     weight_source,
 )
@@ -117,11 +117,10 @@ class PlainConvolution(Recipe):
         yield ConvolutionBlock(Parts(), "", "", Padding(), ("none", 0.0), (), False)
 
 
-class Convolution(Recipe):
+class Convolution(BlockRecipe):
     """One convolution, at most one norm and one activation, in a module of their own."""
 
     name: ClassVar[str] = "dilated_conv2d"
-    family = "block"
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
@@ -134,12 +133,6 @@ class Convolution(Recipe):
         if max(map(len, (parts.norms, parts.pads, parts.activations))) > 1:
             return "more than one norm, padding or activation"
         return block_mismatch(module, parts)
-
-    def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
-        """As in the base class."""
-        parts = parts_of(module)
-        conv: Any = module.get_submodule(parts.convolutions[0])
-        return map_calls(module, conv.in_channels, reach_of(module, parts), dtype)
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
         """As in the base class."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,20 +15,19 @@ from inpaint_kernels.ops.gated_conv2d import gated_conv2d
 from inpaint_kernels.recipes._class_swap import child_at
 from inpaint_kernels.recipes._convolution import (
     FUSED_ACTIVATIONS,
+    BlockRecipe,
     BlockReplacement,
     Padding,
     Parts,
     activation_of,
     block_mismatch,
-    map_calls,
     map_kinds,
     paddings_of,
     parts_of,
-    reach_of,
     weight_of,
     weight_source,
 )
-from inpaint_kernels.recipes._replacement import Call, Recipe, Replacement
+from inpaint_kernels.recipes._replacement import Call, Replacement
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,10 @@ def _apply(x: Tensor, name: str, slope: float) -> Tensor:
     return nn.functional.elu(x) if name == "elu" else nn.functional.relu(x)
 
 
-class GatedConvolution(Recipe):
+class GatedConvolution(BlockRecipe):
     """One convolution to twice the channels, or two of the same form, and at most one norm."""
 
     name: ClassVar[str] = "gated_conv2d"
-    family = "block"
 
     def mismatch(self, module: nn.Module) -> str:
         """As in the base class."""
@@ -181,12 +179,6 @@ class GatedConvolution(Recipe):
         if len(parts.norms) > 1 or len(parts.pads) > 1:
             return "more than one norm or padding"
         return block_mismatch(module, parts)
-
-    def calls(self, module: nn.Module, dtype: torch.dtype, example: Call | None) -> Sequence[Call]:
-        """As in the base class."""
-        parts = parts_of(module)
-        conv: Any = module.get_submodule(parts.convolutions[0])
-        return map_calls(module, conv.in_channels, reach_of(module, parts), dtype)
 
     def candidates(self, module: nn.Module, call: Call, output: Any) -> Iterable[Replacement]:
         """As in the base class."""

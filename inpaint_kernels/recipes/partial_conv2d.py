@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaint_kernels.ops.partial_conv2d import partial_conv2d
-from inpaint_kernels.recipes._class_swap import child_at, has_foreign_hooks
+from inpaint_kernels.recipes._class_swap import argument_names, child_at, has_foreign_hooks
 from inpaint_kernels.recipes._convolution import is_plain_convolution
+from inpaint_kernels.recipes._probe import works
 from inpaint_kernels.recipes._replacement import (
     Call,
     Recipe,
@@ -24,7 +25,6 @@ from inpaint_kernels.recipes._replacement import (
     probe_holes,
     probe_map,
 )
-from inpaint_kernels.recipes.contextual_attention import argument_names
 
 _RETURN_MASK = "return_mask"
 
@@ -186,7 +186,7 @@ class PartialConvolutions(Recipe):
             return Call((x, known.expand(-1, channels, -1, -1).contiguous()), gradient=gradient)
 
         forms = [(c, m) for c in dict.fromkeys((1, conv.in_channels)) for m in (2, 1)]
-        ordinary = next((f for f in forms if _works(module, call(side, side, "some", *f, 1, 0))), forms[0])
+        ordinary = next((f for f in forms if works(module, call(side, side, "some", *f, 1, 0))), forms[0])
         calls = [call(2 * side, side, holes, *ordinary, 1, 1, True) for holes in ("some", "none", "all")]
         calls.append(call(side + 1, side + 3, "some", *ordinary, 0.01, 2))
         calls += [call(side, side, "some", *form, 1, 3) for form in forms if form != ordinary]
@@ -217,15 +217,6 @@ class PartialConvolutions(Recipe):
         rules = [*(("nvidia", eps) for eps in epsilons), ("naoto", 0.0), ("paper", 0.0)]
         for (rule, eps), kept in itertools.product(rules, (True, False) if keeps else (False,)):
             yield PartialConvolution(names, paths[0], paths[1], rule, eps, all_channels, returns, kept)
-
-
-def _works(module: nn.Module, call: Call) -> bool:
-    try:
-        with torch.no_grad():
-            module(*call.args)
-    except Exception:  # whatever a foreign module raises
-        return False
-    return True
 
 
 def _hooked(module: nn.Module, path: str) -> bool:
