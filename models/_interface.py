@@ -1,0 +1,178 @@
+"""What every inpainting network shares: one call, one result, one convention for images and masks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inpaint_kernels._checks import (
+    check_choice,
+    check_dtype,
+    check_floating,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
+
+REGIONS = ("image", "hole")
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels, the ends exclusive."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.bottom - self.top, self.right - self.left
+
+    def within(self, outer: Box) -> tuple[slice, slice]:
+        """This rectangle's rows and columns in a map that begins at the outer one's corner."""
+        rows = slice(self.top - outer.top, self.bottom - outer.top)
+        return rows, slice(self.left - outer.left, self.right - outer.left)
+
+
+class InpaintResult(NamedTuple):
+    """What an inpainting network returns. Images are RGB in [0, 1].
+
+    Attributes:
+        output: [B, 3, H, W], what the network paints. With ``region="hole"`` only the hole's box is painted; around it
+            stands the image.
+        completed: [B, 3, H, W], ``output`` in the hole, the image around it, bit for bit.
+        coarse: [B, 3, H, W], what the first of two stages paints; None where there is one stage.
+        attention: [B, 2, h, w] int64, rows and columns from each position to the one whose patch it takes most of; None
+            unless asked for.
+        edges: [B, 1, H, W] in [0, 1], the edges that guided the network; None where none do.
+        hog: [B, 1, H, W] in [0, 1], the drawn gradient histograms that guided it; None where none do.
+    """
+
+    output: Tensor
+    completed: Tensor
+    coarse: Tensor | None = None
+    attention: Tensor | None = None
+    edges: Tensor | None = None
+    hog: Tensor | None = None
+
+
+class InpaintingModel(nn.Module):
+    """An inpainting network: ``model(image, mask)`` fills the hole.
+
+    A subclass paints in the convention of its paper (:meth:`paint`) and translates at its own border; outside of it an
+    image is RGB in [0, 1] and a mask is 1 in the hole.
+    """
+
+    size_multiple: ClassVar[int] = 1
+    """Height and width must be multiples of it."""
+
+    def forward(self, image: Tensor, mask: Tensor, *, region: str = "image", **guidance: Any) -> InpaintResult:
+        """Fill the hole of each image.
+
+        Args:
+            image: [B, 3, H, W] RGB, values in [0, 1], in the dtype of the parameters; H and W multiples of
+                ``size_multiple``. What it holds in the hole is not looked at.
+            mask: [B or 1, 1, H, W], bool, uint8 or floating; hole where it is larger than 0.5.
+            region: "image", or "hole": only what the pixels of the hole depend on is computed, equal there up to
+                rounding. Where that is everything (:meth:`needed_regions` is None), the whole image is.
+            **guidance: what else the network takes, see :meth:`paint` of its class.
+
+        Returns:
+            An :class:`InpaintResult`.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong rank, size, dtype or device; the message names it.
+        """
+        check_choice("region", region, REGIONS)
+        hole = self._check(image, mask)
+        image = image.masked_fill(hole, 0)
+        if region == "hole" and not torch.compiler.is_compiling():
+            return self._paint_holes(image, hole, guidance)
+        return self.paint(image, hole, **guidance)
+
+    def paint(self, image: Tensor, hole: Tensor, *, box: Box | None = None, **guidance: Any) -> InpaintResult:
+        """Fill the holes of checked images.
+
+        Args:
+            image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
+            hole: bool [B, 1, H, W].
+            box: only these pixels are wanted; None: all. Given only where :meth:`needed_regions` is not None.
+            **guidance: of the network.
+        """
+        raise NotImplementedError
+
+    def needed_regions(self, hole: Box, height: int, width: int) -> dict[str, Box] | None:
+        """Which box of its output each layer must compute for the pixels of a hole, in the layer's own pixels.
+
+        Args:
+            hole: the box that is wanted of the image.
+            height: of the image.
+            width: of the image.
+
+        Returns:
+            Boxes by the layers' names; None if the hole depends on every pixel of every layer.
+        """
+        return None
+
+    def _check(self, image: Tensor, mask: Tensor) -> Tensor:
+        sizes = check_shape("image", image, "B 3 H W")
+        check_floating("image", image)
+        check_shape("mask", mask, "B|1 1 H W", **sizes)
+        check_dtype("mask", mask, _MASK_DTYPES)
+        check_same_device(image=image, mask=mask)
+        if image.shape[2] % self.size_multiple or image.shape[3] % self.size_multiple:
+            raise ValueError(
+                f"image: expected a height and width that are multiples of {self.size_multiple}, "
+                f"got {image.shape[2]} x {image.shape[3]}"
+            )
+        hole = mask if mask.dtype == torch.bool else mask > 0.5
+        return hole.expand(image.shape[0], -1, -1, -1)
+
+    def _paint_holes(self, image: Tensor, hole: Tensor, guidance: dict[str, Any]) -> InpaintResult:
+        """Each image's own box alone, all in one run where the boxes are the same."""
+        boxes = [bounding_box(h[0]) for h in hole]
+        if len(set(boxes)) == 1:
+            return self._paint_hole(image, hole, boxes[0], guidance)
+        parts = []
+        for i, box in enumerate(boxes):
+            one = slice(i, i + 1)
+            own = {
+                name: value[one] if isinstance(value, Tensor) and value.shape[0] == len(boxes) else value
+                for name, value in guidance.items()
+            }
+            parts.append(self._paint_hole(image[one], hole[one], box, own))
+        fields = zip(*parts, strict=True)
+        return InpaintResult(*(None if field[0] is None else torch.cat(field) for field in fields))
+
+    def _paint_hole(self, image: Tensor, hole: Tensor, box: Box | None, guidance: dict[str, Any]) -> InpaintResult:
+        if box is None or self.needed_regions(box, *image.shape[2:]) is None:
+            return self.paint(image, hole, **guidance)
+        return self.paint(image, hole, box=box, **guidance)
+
+
+def bounding_box(hole: Tensor) -> Box | None:
+    """The box of the True pixels of a bool [H, W]; None if there are none."""
+    rows, columns = (hole.any(dim).nonzero() for dim in (1, 0))
+    if not len(rows):
+        return None
+    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+
+
+def complete(image: Tensor, output: Tensor, hole: Tensor) -> Tensor:
+    """The output in the hole, the image around it, bit for bit; all [B, C, H, W]."""
+    return torch.where(hole, output, image)
+
+
+def check_guidance(name: str, value: Tensor, image: Tensor, channels: int = 1) -> Tensor:
+    """A map that guides the network, [B or 1, channels, H, W] floating or bool, for each image and in its dtype."""
+    check_tensor(name, value)
+    batch, _, height, width = image.shape
+    check_shape(name, value, f"B|1 {channels} H W", B=batch, H=height, W=width)
+    check_dtype(name, value, _MASK_DTYPES)
+    check_same_device(image=image, **{name: value})
+    return value.to(image.dtype).expand(batch, -1, -1, -1)
