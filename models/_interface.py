@@ -43,9 +43,9 @@ class InpaintResult(NamedTuple):
     """What an inpainting network returns. Images are RGB in [0, 1].
 
     Attributes:
-        output: [B, 3, H, W], what the network paints. With ``region="hole"`` only the hole's box is painted; around it
-            stands the image.
-        completed: [B, 3, H, W], ``output`` in the hole, the image around it, bit for bit.
+        output: [B, 3, H, W], what the network paints; a network that ends without a bound may leave [0, 1]. With
+            ``region="hole"`` only the hole's box is painted; around it stands the image, black in the hole.
+        completed: [B, 3, H, W], ``output`` in the hole, within [0, 1]; the image around it, bit for bit.
         coarse: [B, 3, H, W], what the first of two stages paints; None where there is one stage.
         attention: [B, 2, h, w] int64, rows and columns from each position to the one whose patch it takes most of; None
             unless asked for.
@@ -136,23 +136,23 @@ class InpaintingModel(nn.Module):
     def _paint_holes(self, image: Tensor, hole: Tensor, guidance: dict[str, Any]) -> InpaintResult:
         """Each image's own box alone, all in one run where the boxes are the same."""
         boxes = [bounding_box(h[0]) for h in hole]
+        first = boxes[0]
+        if first is None or self.needed_regions(first, image.shape[2], image.shape[3]) is None:
+            return self.paint(image, hole, **guidance)
         if len(set(boxes)) == 1:
-            return self._paint_hole(image, hole, boxes[0], guidance)
+            return self.paint(image, hole, box=first, **guidance)
         parts = []
         for i, box in enumerate(boxes):
             one = slice(i, i + 1)
-            own = {
-                name: value[one] if isinstance(value, Tensor) and value.shape[0] == len(boxes) else value
-                for name, value in guidance.items()
-            }
-            parts.append(self._paint_hole(image[one], hole[one], box, own))
-        fields = zip(*parts, strict=True)
-        return InpaintResult(*(None if field[0] is None else torch.cat(field) for field in fields))
+            own = {name: _of_sample(value, i, len(boxes)) for name, value in guidance.items()}
+            parts.append(self.paint(image[one], hole[one], box=box, **own))
+        fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
+        return InpaintResult(*fields)
 
-    def _paint_hole(self, image: Tensor, hole: Tensor, box: Box | None, guidance: dict[str, Any]) -> InpaintResult:
-        if box is None or self.needed_regions(box, *image.shape[2:]) is None:
-            return self.paint(image, hole, **guidance)
-        return self.paint(image, hole, box=box, **guidance)
+
+def _of_sample(value: Any, i: int, batch: int) -> Any:
+    """What guides one image of a batch; a map of batch 1 guides all."""
+    return value[i : i + 1] if isinstance(value, Tensor) and value.shape[0] == batch else value
 
 
 def bounding_box(hole: Tensor) -> Box | None:
@@ -164,8 +164,8 @@ def bounding_box(hole: Tensor) -> Box | None:
 
 
 def complete(image: Tensor, output: Tensor, hole: Tensor) -> Tensor:
-    """The output in the hole, the image around it, bit for bit; all [B, C, H, W]."""
-    return torch.where(hole, output, image)
+    """The output in the hole, within [0, 1]; the image around it, bit for bit; all [B, C, H, W]."""
+    return torch.where(hole, output.clamp(0, 1), image)
 
 
 def check_guidance(name: str, value: Tensor, image: Tensor, channels: int = 1) -> Tensor:

@@ -39,6 +39,7 @@ R = TypeVar("R")
 C = TypeVar("C", bound="ConvolutionProblem")
 
 Pair = int | tuple[int, int]
+Border = Pair | tuple[int, int, int, int]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = ("elu", "relu", "leaky_relu", "none")
@@ -95,7 +96,7 @@ def make_geometry(
     x: Tensor,
     weight: Tensor,
     stride: Pair,
-    padding: Pair,
+    padding: Border,
     dilation: Pair,
     groups: int,
     padding_mode: str = "zeros",
@@ -103,29 +104,40 @@ def make_geometry(
 ) -> Geometry:
     """The geometry of these arguments, or an error."""
     steps = check_pair("stride", stride, 1)
-    border = check_pair("padding", padding, 0)
+    top, bottom, left, right = pad = _check_border(padding)
     rates = check_pair("dilation", dilation, 1)
     check_padding_mode(padding_mode)
     check_choice("upsample", upsample, (1, 2))
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
     reach = [(weight.shape[axis + 2] - 1) * rates[axis] + 1 for axis in (0, 1)]
     if padding_mode == "same_tf":
-        if border != (0, 0):
+        if any(pad):
             raise ValueError(f"padding: expected 0 with padding_mode='same_tf', which makes its own, got {padding}")
         rows, columns = (_same_tf(size[axis], reach[axis], steps[axis]) for axis in (0, 1))
         return Geometry(steps, (*rows, *columns), rates, groups, upsample)
-    if padding_mode == "reflect" and (border[0] >= size[0] or border[1] >= size[1]):
+    if padding_mode == "reflect" and (max(top, bottom) >= size[0] or max(left, right) >= size[1]):
         raise ValueError(
             f"padding: expected less than the size {size[0]} x {size[1]} that padding_mode='reflect' mirrors, "
             f"got {padding}"
         )
-    if size[0] + 2 * border[0] < reach[0] or size[1] + 2 * border[1] < reach[1]:
+    padded = size[0] + top + bottom, size[1] + left + right
+    if padded[0] < reach[0] or padded[1] < reach[1]:
         raise ValueError(
             f"x: expected, with its padding, at least the {reach[0]} x {reach[1]} pixels that the kernel spans, "
-            f"got {size[0] + 2 * border[0]} x {size[1] + 2 * border[1]}"
+            f"got {padded[0]} x {padded[1]}"
         )
-    pad = (border[0], border[0], border[1], border[1])
     return Geometry(steps, pad, rates, groups, upsample, padding_mode == "reflect")
+
+
+def _check_border(padding: Border) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of one number, of (rows, columns), or of all four."""
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
+        for width in padding:
+            check_range("padding", width, minimum=0, integer=True)
+        top, bottom, left, right = padding
+        return top, bottom, left, right
+    rows, columns = check_pair("padding", padding, 0)
+    return rows, rows, columns, columns
 
 
 def _same_tf(size: int, reach: int, stride: int) -> tuple[int, int]:

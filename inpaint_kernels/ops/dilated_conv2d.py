@@ -12,6 +12,7 @@ from inpaint_kernels._checks import check_same_device, check_same_dtype, check_s
 from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
+    Border,
     ConvolutionBackends,
     Pair,
     autocast,
@@ -46,7 +47,7 @@ def dilated_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,
@@ -80,8 +81,8 @@ def dilated_conv2d(
         x: [B, Cin, H, W] float16, bfloat16, float32 or float64, NCHW or channels_last.
         weight: [C, Cin / groups, kh, kw], same dtype.
         bias: [C]; None: 0.
-        stride: of the convolution, one number or (rows, columns), as the next two.
-        padding: border on each side.
+        stride: of the convolution, one number or (rows, columns), as dilation.
+        padding: border on each side: one number, (rows, columns), or (top, bottom, left, right).
         dilation: distance of the kernel's taps; any, of the order 1 to 16.
         groups: groups of channels that see only each other.
         activation: "relu", "elu", "leaky_relu" or "none".
@@ -156,7 +157,7 @@ def _prepare(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,

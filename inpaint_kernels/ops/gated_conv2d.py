@@ -12,6 +12,7 @@ from inpaint_kernels._checks import check_choice, check_same_device, check_same_
 from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
+    Border,
     ConvolutionBackends,
     Pair,
     autocast,
@@ -43,7 +44,7 @@ def gated_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,
@@ -82,8 +83,9 @@ def gated_conv2d(
         x: [B, Cin, H, W] float16, bfloat16, float32 or float64, NCHW or channels_last.
         weight: [2C, Cin / groups, kh, kw]; or, with ``gate_weight``, [C, Cin, kh, kw].
         bias: [2C], or with ``gate_weight`` [C]; None: 0.
-        stride: of the convolution, one number or (rows, columns), as the next two.
-        padding: border on each side, in pixels of the upsampled x.
+        stride: of the convolution, one number or (rows, columns), as dilation.
+        padding: border on each side, in pixels of the upsampled x: one number, (rows, columns), or (top, bottom, left,
+            right).
         dilation: distance of the kernel's taps.
         groups: groups of channels that see only each other; the split follows the convolution.
         gate_weight: [C, Cin, kh, kw], the gate's own weight where a port has two convolutions; groups must be 1. The
@@ -171,7 +173,7 @@ def _prepare(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,

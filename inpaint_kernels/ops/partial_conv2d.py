@@ -12,6 +12,7 @@ from inpaint_kernels._checks import check_choice, check_range, check_same_device
 from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
+    Border,
     ConvolutionBackends,
     Pair,
     autocast,
@@ -62,7 +63,7 @@ def partial_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,
@@ -106,8 +107,8 @@ def partial_conv2d(
             or Cin; or the length of ``mask_channels``. It is a constant: no gradient.
         weight: [C, Cin / groups, kh, kw], same dtype as x.
         bias: [C]; None: none.
-        stride: of the convolution, one number or (rows, columns), as the next two.
-        padding: zeros on each side, of x and of the mask.
+        stride: of the convolution, one number or (rows, columns), as dilation.
+        padding: zeros on each side, of x and of the mask: one number, (rows, columns), or (top, bottom, left, right).
         dilation: distance of the kernel's taps.
         groups: groups of channels that see only each other; masks are counted over all of them. 1 for "naoto".
         rule: "nvidia" (NVIDIA/partialconv, mmagic), "naoto" (naoto0804/pytorch-inpainting-with-partial-conv) or
@@ -168,7 +169,7 @@ def _prepare(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Border = 0,
     dilation: Pair = 1,
     groups: int = 1,
     *,

@@ -1,0 +1,149 @@
+"""From the pixels that are wanted back to those that are needed: boxes walked through layers, last layer first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from inpaint_kernels.models._interface import Box
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Along one axis: how a layer makes some outputs from a part of its input.
+
+    Attributes:
+        begin: first input that is read.
+        end: behind the last one.
+        before: border in front of that part, where it reaches over the map's edge.
+        after: the same behind it.
+        skip: outputs of that part in front of the first wanted one.
+    """
+
+    begin: int
+    end: int
+    before: int
+    after: int
+    skip: int
+
+
+class Window(NamedTuple):
+    """Which inputs an output of a convolution sees along one axis; padding in pixels of the enlarged input.
+
+    Attributes:
+        kernel: taps.
+        stride: from output to output.
+        dilation: from tap to tap.
+        before: padding in front of the map.
+        after: padding behind it.
+        upsample: every input is so many equal ones first.
+        reflect: the padding mirrors the map.
+    """
+
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+    upsample: int = 1
+    reflect: bool = False
+
+    def span(self, begin: int, end: int, size: int) -> Span:
+        """What outputs ``begin`` to ``end`` (exclusive) need of a map of ``size`` inputs."""
+        size *= self.upsample
+        first = begin * self.stride - self.before
+        last = (end - 1) * self.stride - self.before + (self.kernel - 1) * self.dilation
+        before, after = max(-first, 0), max(last + 1 - size, 0)
+        low, high = max(first, 0), min(last, size - 1)
+        if self.reflect:  # the pixels that the border mirrors are read too
+            high = max(high, before)
+            low = min(low, size - 1 - after)
+        if before == 0:  # the first output of the part is one of the map's, and no pixel is enlarged in part
+            while (first - low) % self.stride or low % self.upsample:
+                low -= 1
+        skip = 0 if before else (first - low) // self.stride
+        return Span(low // self.upsample, high // self.upsample + 1, before, after, skip)
+
+
+class Part(NamedTuple):
+    """How a layer computes the box that is wanted of it."""
+
+    rows: Span
+    columns: Span
+    wanted: Box
+
+    @property
+    def source(self) -> Box:
+        """What it reads of its input."""
+        return Box(self.rows.begin, self.columns.begin, self.rows.end, self.columns.end)
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right)."""
+        return self.rows.before, self.rows.after, self.columns.before, self.columns.after
+
+    def crop(self, y: Tensor) -> Tensor:
+        """The wanted box of what the layer made of its source."""
+        height, width = self.wanted.size
+        return y[:, :, self.rows.skip : self.rows.skip + height, self.columns.skip : self.columns.skip + width]
+
+
+class Layer(Protocol):
+    """A layer whose outputs see a window of its input."""
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of its output."""
+
+    def part(self, wanted: Box, size: tuple[int, int]) -> Part:
+        """How it computes a box of its output for a map of ``size``."""
+
+    def __call__(self, x: Tensor, part: Part | None = None) -> Tensor:
+        """Its output for a whole map; or the part's box of it, for the part's source alone."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a chain computes a box of its output.
+
+    Attributes:
+        source: what it reads of its input.
+        parts: each layer's part, by name, first layer first.
+    """
+
+    source: Box
+    parts: Mapping[str, Part]
+
+    @property
+    def boxes(self) -> dict[str, Box]:
+        """What each layer computes, by name."""
+        return {name: part.wanted for name, part in self.parts.items()}
+
+
+class Chain:
+    """Layers that run one after the other, on whole maps or on what a box of the output needs.
+
+    Args:
+        layers: by name, first layer first; they belong to the network.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.layers = dict(layers)
+
+    def plan(self, wanted: Box, size: tuple[int, int]) -> Plan:
+        """How to compute a box of the output for a map of ``size``."""
+        sizes = []
+        for layer in self.layers.values():
+            sizes.append(size)
+            size = layer.output_size(size)
+        parts: dict[str, Part] = {}
+        for (name, layer), size in zip(reversed(self.layers.items()), reversed(sizes), strict=True):
+            parts[name] = layer.part(wanted, size)
+            wanted = parts[name].source
+        return Plan(wanted, dict(reversed(parts.items())))
+
+    def __call__(self, x: Tensor, plan: Plan | None = None) -> Tensor:
+        """The output for a whole map; or the plan's box of it, for the plan's source alone."""
+        for name, layer in self.layers.items():
+            x = layer(x, None if plan is None else plan.parts[name])
+        return x
