@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from inpaint_kernels._checks import (
     check_shape,
     check_tensor,
 )
+
+D = TypeVar("D")
 
 REGIONS = ("image", "hole")
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -166,6 +169,14 @@ def bounding_box(hole: Tensor) -> Box | None:
 def complete(image: Tensor, output: Tensor, hole: Tensor) -> Tensor:
     """The output in the hole, within [0, 1]; the image around it, bit for bit; all [B, C, H, W]."""
     return torch.where(hole, output.clamp(0, 1), image)
+
+
+def named(dialect: str | D, dialects: Mapping[str, D]) -> D:
+    """The dialect of that name, or the dialect itself."""
+    if not isinstance(dialect, str):
+        return dialect
+    check_choice("dialect", dialect, dialects)
+    return dialects[dialect]
 
 
 def check_guidance(name: str, value: Tensor, image: Tensor, channels: int = 1) -> Tensor:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from inpaint_kernels.models._deepfill import DeepFill, Dialect
+from inpaint_kernels.models._interface import named
 from inpaint_kernels.models._layers import Convolution
 from torch import Tensor, nn
-
-from inpaint_kernels._checks import check_choice
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     "official": Dialect(border="same_tf", attention="official", width=32, squash="clip"),
@@ -29,7 +28,7 @@ class DeepFillV1(DeepFill):
     """The generator, under the names of daa233's checkpoints: ``coarse_generator.*``, ``fine_generator.*``.
 
     Args:
-        dialect: a name in :data:`DIALECTS`.
+        dialect: a name in :data:`DIALECTS`, or an own one.
 
     Deviation from the sources: in a batch the attention uses each sample's own mask; all but mmagic use the first.
 
@@ -43,9 +42,8 @@ class DeepFillV1(DeepFill):
 
     gated: ClassVar[bool] = False
 
-    def __init__(self, dialect: str = "daa233") -> None:
-        check_choice("dialect", dialect, DIALECTS)
-        super().__init__(DIALECTS[dialect])
+    def __init__(self, dialect: str | Dialect = "daa233") -> None:
+        super().__init__(named(dialect, DIALECTS))
 
     def add_layer(self, name: str, layer: Convolution) -> None:
         """Register a layer of the table under daa233's name."""

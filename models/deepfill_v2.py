@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from inpaint_kernels.models._deepfill import DeepFill, Dialect
+from inpaint_kernels.models._interface import named
 from inpaint_kernels.models._layers import Convolution
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-
-from inpaint_kernels._checks import check_choice
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     "official": Dialect(border="same_tf", attention="official", width=24, squash="tanh", indicators=False),
@@ -49,7 +48,7 @@ class DeepFillV2(DeepFill):
     """The generator, under the flat names of the TensorFlow graph that nipponjo's converted checkpoints have.
 
     Args:
-        dialect: a name in :data:`DIALECTS`.
+        dialect: a name in :data:`DIALECTS`, or an own one.
         guided: whether a ``sketch`` guides it, as one more input channel of the first stage.
 
     Deviation from the sources: in a batch the attention uses each sample's own mask; all but mmagic use the first.
@@ -64,9 +63,8 @@ class DeepFillV2(DeepFill):
 
     gated: ClassVar[bool] = True
 
-    def __init__(self, dialect: str = "nipponjo", guided: bool = False) -> None:
-        check_choice("dialect", dialect, DIALECTS)
-        super().__init__(DIALECTS[dialect], guided)
+    def __init__(self, dialect: str | Dialect = "nipponjo", guided: bool = False) -> None:
+        super().__init__(named(dialect, DIALECTS), guided)
 
     def add_layer(self, name: str, layer: Convolution) -> None:
         """Register a layer of the table; an enlarging one stands one level deeper in the checkpoints."""

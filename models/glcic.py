@@ -13,12 +13,11 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from inpaint_kernels.models._batch_norm import Convolutional, fold
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete
+from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete, named
 from inpaint_kernels.models._regions import Chain, Part, Plan, Span, Window
 from torch import Tensor, nn
 
 from inpaint_kernels import dilated_conv2d
-from inpaint_kernels._checks import check_choice
 
 
 class Row(NamedTuple):
@@ -87,7 +86,7 @@ class GLCIC(InpaintingModel):
     """The completion network, under otenim's names: ``conv1.*``, ``bn1.*``, ..., ``deconv13.*``, ..., ``conv17.*``.
 
     Args:
-        dialect: a name in :data:`DIALECTS`.
+        dialect: a name in :data:`DIALECTS`, or an own one.
         mean_color: RGB in [0, 1] that fills the hole in dialect "otenim": ``mpv`` of its ``config.json``.
 
     In evaluation mode the batch norms are folded into the convolutions where they follow them.
@@ -102,10 +101,11 @@ class GLCIC(InpaintingModel):
 
     size_multiple: ClassVar[int] = 4
 
-    def __init__(self, dialect: str = "iizuka", mean_color: tuple[float, float, float] = PLACES2_MEAN) -> None:
-        check_choice("dialect", dialect, DIALECTS)
+    def __init__(
+        self, dialect: str | Dialect = "iizuka", mean_color: tuple[float, float, float] = PLACES2_MEAN
+    ) -> None:
         super().__init__()
-        self.dialect, self.mean_color = DIALECTS[dialect], mean_color
+        self.dialect, self.mean_color = named(dialect, DIALECTS), mean_color
         channels = 4
         for row in TABLE:
             if row.stride == 0.5:

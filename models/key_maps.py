@@ -182,7 +182,8 @@ def _glcic(state: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> St
     for row, (convolution, norm) in zip(glcic.TABLE, places, strict=True):
         weight = state[f"{convolution}.weight"]
         ours[f"{row.name}.weight"] = weight
-        ours[f"{row.name}.bias"] = state.get(f"{convolution}.bias", weight.new_zeros(row.channels))
+        bias = f"{convolution}.bias"
+        ours[f"{row.name}.bias"] = state[bias] if bias in state else weight.new_zeros(row.channels)
         if row is not glcic.TABLE[-1]:
             ours |= {f"{glcic.norm_name(row.name)}.{entry}": state[f"{norm}.{entry}"] for entry in _NORM_ENTRIES}
     return ours

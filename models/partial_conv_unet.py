@@ -14,11 +14,10 @@ from typing import ClassVar, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from inpaint_kernels.models._batch_norm import fold
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete
+from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete, named
 from torch import Tensor, nn
 
 from inpaint_kernels import partial_conv2d
-from inpaint_kernels._checks import check_choice
 
 LEVELS: Final = 7
 
@@ -64,7 +63,7 @@ class PartialConvUNet(InpaintingModel):
     divided by kh * kw * Cin when they are loaded. What the network paints is not bounded.
 
     Args:
-        dialect: a name in :data:`DIALECTS`.
+        dialect: a name in :data:`DIALECTS`, or an own one.
 
     In evaluation mode the batch norms are folded into the convolutions. That changes outputs only where a window knows
     nothing; there the next layer's mask is 0.
@@ -79,10 +78,9 @@ class PartialConvUNet(InpaintingModel):
 
     size_multiple: ClassVar[int] = 2**LEVELS
 
-    def __init__(self, dialect: str = "naoto") -> None:
-        check_choice("dialect", dialect, DIALECTS)
+    def __init__(self, dialect: str | Dialect = "naoto") -> None:
         super().__init__()
-        self.dialect = DIALECTS[dialect]
+        self.dialect = named(dialect, DIALECTS)
         channels = [3, *(row.channels for row in TABLE)]
         rule = self.dialect.rule
         for level, row in enumerate(TABLE, 1):
