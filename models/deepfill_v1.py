@@ -21,7 +21,11 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
     "mmagic": Dialect(border="reflect", attention="mmagic", width=32, squash="clip", matched_activation="elu"),
 }
 """JiahuiYu/generative_inpainting v1.0.0 (TensorFlow), daa233/generative-inpainting-pytorch, nbei
-(Deep-Flow-Guided-Video-Inpainting, also in FGVC), open-mmlab/mmagic."""
+(Deep-Flow-Guided-Video-Inpainting, also in FGVC), open-mmlab/mmagic.
+
+Deviation from nbei: its attention samples every second pixel at coordinates half-way between two, so that rounding in
+float32 decides which one is taken; ours takes what it does for sizes that are powers of two.
+"""
 
 
 class DeepFillV1(DeepFill):

@@ -60,6 +60,7 @@ class Dialect:
 
     Attributes:
         relu_first: ReLU in front of the batch norm, not behind it.
+        bias: whether the convolutions in front of a batch norm have one.
         mean: subtracted from the image in [0, 1] (RGB).
         signed: the image is in [-1, 1], and so is what is painted.
         mean_in_hole: the hole holds ``mean_color`` instead of what is 0 to the network.
@@ -67,6 +68,7 @@ class Dialect:
     """
 
     relu_first: bool = False
+    bias: bool = True
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     signed: bool = False
     mean_in_hole: bool = False
@@ -76,7 +78,7 @@ class Dialect:
 DIALECTS: Final[Mapping[str, Dialect]] = {
     "iizuka": Dialect(mean=PLACES2_MEAN),
     "otenim": Dialect(relu_first=True, mean_in_hole=True),
-    "mmagic": Dialect(signed=True, squash="clip"),
+    "mmagic": Dialect(bias=False, signed=True, squash="clip"),
 }
 """satoshiiizuka/siggraph2017_inpainting (Torch7, and its conversions to PyTorch), otenim/GLCIC-PyTorch,
 open-mmlab/mmagic."""
@@ -108,11 +110,12 @@ class GLCIC(InpaintingModel):
         self.dialect, self.mean_color = named(dialect, DIALECTS), mean_color
         channels = 4
         for row in TABLE:
+            bias = self.dialect.bias or row is TABLE[-1]
             if row.stride == 0.5:
-                self.add_module(row.name, nn.ConvTranspose2d(channels, row.channels, row.kernel, 2, 1))
+                self.add_module(row.name, nn.ConvTranspose2d(channels, row.channels, row.kernel, 2, 1, bias=bias))
             else:
                 padding = row.dilation * (row.kernel - 1) // 2
-                layer = nn.Conv2d(channels, row.channels, row.kernel, int(row.stride), padding, row.dilation)
+                layer = nn.Conv2d(channels, row.channels, row.kernel, int(row.stride), padding, row.dilation, bias=bias)
                 self.add_module(row.name, layer)
             if row is not TABLE[-1]:
                 self.add_module(norm_name(row.name), nn.BatchNorm2d(row.channels))

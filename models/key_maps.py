@@ -177,13 +177,11 @@ _NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_t
 
 
 def _glcic(state: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> State:
-    """From (prefix of a convolution, prefix of its norm) for each layer; convolutions without a bias get zeros."""
-    ours = {}
+    """From (prefix of a convolution, prefix of its norm) for each layer."""
+    ours: State = {}
     for row, (convolution, norm) in zip(glcic.TABLE, places, strict=True):
-        weight = state[f"{convolution}.weight"]
-        ours[f"{row.name}.weight"] = weight
-        bias = f"{convolution}.bias"
-        ours[f"{row.name}.bias"] = state[bias] if bias in state else weight.new_zeros(row.channels)
+        entries = ("weight", "bias") if f"{convolution}.bias" in state else ("weight",)
+        ours |= {f"{row.name}.{entry}": state[f"{convolution}.{entry}"] for entry in entries}
         if row is not glcic.TABLE[-1]:
             ours |= {f"{glcic.norm_name(row.name)}.{entry}": state[f"{norm}.{entry}"] for entry in _NORM_ENTRIES}
     return ours

@@ -26,7 +26,7 @@ from torch import nn
 from tests.compare import relative_error
 from tests.model_cases import holes, photo, run_golden, seeded
 
-GOLDEN = json.loads((Path(__file__).parent / "golden_models.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent / "golden_pictures.json").read_text())
 
 # name -> (network, gain of its weights)
 NETWORKS: dict[str, tuple[Callable[[], InpaintingModel], float]] = {
@@ -92,6 +92,7 @@ def test_golden_values(name):
         (DeepFillV2, 4_052_478, 84),
         (lambda: DeepFillV2("mmagic"), 4_414_908, 84),
         (GLCIC, 6_072_131, 114),
+        (lambda: GLCIC("mmagic"), 6_069_155, 98),
         (PartialConvUNet, 25_779_796, 75),
         (lambda: deepfill_v1.Discriminator(128), 2_684_289, 10),
         (lambda: deepfill_v1.Discriminator(256), 2_733_441, 10),
@@ -228,7 +229,7 @@ def test_state_survives_copies_and_layouts(name):
         expected = model(image, mask).completed
         for other in others:
             assert torch.equal(other(image, mask).completed, expected)
-        last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         completed = last(image.contiguous(memory_format=torch.channels_last), mask).completed
     torch.testing.assert_close(completed, expected, rtol=0, atol=1e-5)
 
@@ -358,7 +359,7 @@ def test_needed_regions_are_what_is_computed(name, monkeypatch):
     image, mask = photo(256, 288, dtype=torch.float64), holes(256, 288, (110, 120, 131, 140))
     box = bounding_box(mask[0, 0])
     regions = model.needed_regions(box, 256, 288)
-    computed = []
+    computed: list[Box] = []
 
     def record(part, y):
         cropped = crop(part, y)
