@@ -147,7 +147,8 @@ class InpaintingModel(nn.Module):
             }
             parts.append(self._paint_hole(image[one], hole[one], box, own))
         fields = zip(*parts, strict=True)
-        return InpaintResult(*(None if field[0] is None else torch.cat(field) for field in fields))
+        joined: list[Any] = [None if field[0] is None else torch.cat(field) for field in fields]
+        return InpaintResult(*joined)
 
     def _paint_hole(self, image: Tensor, hole: Tensor, box: Box | None, guidance: dict[str, Any]) -> InpaintResult:
         if box is None or self.needed_regions(box, *image.shape[2:]) is None:

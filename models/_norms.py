@@ -16,10 +16,11 @@ class InstanceNorm(nn.InstanceNorm2d):
     Args:
         channels: of x.
         activation: as in the function.
+        affine: whether there are a weight and a bias.
     """
 
-    def __init__(self, channels: int, activation: str = "none") -> None:
-        super().__init__(channels, affine=True)
+    def __init__(self, channels: int, activation: str = "none", *, affine: bool = True) -> None:
+        super().__init__(channels, affine=affine)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,16 +66,6 @@ def instance_norm(
     return x if residual is None else x.add_(residual)
 
 
-def fastest_layout(x: Tensor) -> Tensor:
-    """x in channels_last where autograd records nothing and a CPU computes, else as it is.
-
-    The layout that the convolutions of all networks here take least time in (`instance_norm` does not mind).
-    """
-    if x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
 def _in_place(x: Tensor, *others: Tensor | None) -> bool:
     return (
         x.is_cpu
@@ -87,7 +78,9 @@ def _in_place(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _recorded(x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+def _recorded(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
     y = F.instance_norm(x, weight=weight, bias=bias, eps=EPS)
     if activation == "relu":
         y = F.relu(y)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
-from inpaint_kernels.models._norms import fastest_layout, instance_norm
+from inpaint_kernels.models._networks import check_least_size, fastest_layout, init_normal
+from inpaint_kernels.models._norms import instance_norm
 from torch import Tensor, nn
 
 from inpaint_kernels._checks import check_range
@@ -32,8 +33,8 @@ class _Generator(nn.Module):
     ================  =======  ======  ========  ==================
 
     Each but the last is followed by an instance norm without weights and, except at the end of a residual block, a
-    ReLU. Convolutions of stride 1 reflect their border. Without the norm the weights of ``spectral_norm`` are divided by
-    their spectral norm, and the blocks have no biases.
+    ReLU. Convolutions of stride 1 reflect their border. With a spectral norm, on all convolutions but the last, the
+    residual blocks have no biases.
     """
 
     def __init__(self, in_channels: int, out_channels: int, residual_blocks: int, use_spectral_norm: bool) -> None:
@@ -185,14 +186,6 @@ def _reflecting(
     )
 
 
-def init_normal(layer: nn.Module) -> None:
-    """Start as published: weights of convolutions from N(0, 0.02), biases 0."""
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(layer.weight_orig if _has_spectral_norm(layer) else layer.weight, 0.0, 0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 # Spectral norm -------------------------------------------------------------------------------------------------------
 
 
@@ -338,13 +331,6 @@ def white_hole(image: Tensor, hole: Tensor) -> Tensor:
 def to_gray(image: Tensor) -> Tensor:
     """[B, 3, H, W] RGB -> [B, 1, H, W], weighted as scikit-image's ``rgb2gray`` does."""
     return (image * image.new_tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
-
-
-def check_least_size(image: Tensor, least: int) -> None:
-    """Raises ValueError where H or W is smaller than the networks take."""
-    if min(image.shape[2:]) < least:
-        got = " x ".join(map(str, image.shape[2:]))
-        raise ValueError(f"image: expected a height and width of at least {least}, got {got}")
 
 
 @torch.compiler.disable
