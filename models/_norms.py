@@ -59,8 +59,6 @@ def instance_norm(
     shift = -mean * scale
     if bias is not None:
         shift = shift + bias.view(1, -1, 1, 1)
-    if residual is not None and activation == "none":
-        return torch.addcmul(residual, x, scale, out=x).add_(shift)
     torch.addcmul(shift, x, scale, out=x)
     x = _activate_(x, activation)
     return x if residual is None else x.add_(residual)

@@ -452,9 +452,7 @@ def _flags(hole: Tensor) -> Tensor:
     """The CSA layer's masked positions, bool [B, H / 8, W / 8] on the CPU."""
     flags = kernels.CSA().set_mask(hole)
     if flags.flatten(1).all(1).any():
-        raise ValueError(
-            "mask: expected known pixels in every image: the CSA layer makes masked features of known ones"
-        )
+        raise ValueError("mask: expected known pixels in every image, of which the CSA layer makes the hole")
     return flags
 
 

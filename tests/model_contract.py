@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 from inpaint_kernels.models._interface import InpaintingModel, InpaintResult
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.model_pairs import Size, hashed_image, holes
-
-TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,14 @@ class Case:
         size: of the images.
         guidance: other arguments, for a batch of two.
         needs_known: whether it fails where nothing is known.
+        tolerance: between two ways to round.
     """
 
     model: InpaintingModel
     size: Size
     guidance: dict[str, Any] = field(default_factory=dict)
     needs_known: bool = False
+    tolerance: float = 1e-5
 
     def inputs(self, batch: int = 2) -> tuple[Tensor, Tensor]:
         """Images and masks, each its own."""
@@ -53,10 +53,29 @@ def maps_of(result: InpaintResult) -> dict[str, Tensor]:
     return {name: value for name, value in result._asdict().items() if value is not None}
 
 
-def assert_same(actual: InpaintResult, expected: InpaintResult, tolerance: float = TOLERANCE) -> None:
+def assert_same(actual: InpaintResult, expected: InpaintResult, tolerance: float) -> None:
     assert maps_of(actual).keys() == maps_of(expected).keys()
     for name, value in maps_of(expected).items():
         assert (maps_of(actual)[name] - value).abs().max() <= tolerance, name
+
+
+def record_inputs(monkeypatch: pytest.MonkeyPatch, *networks: nn.Module) -> list[tuple[Tensor, ...]]:
+    """A list that will hold the positional arguments of each call of the networks."""
+    calls: list[tuple[Tensor, ...]] = []
+
+    def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Tensor, **options: Any) -> Any:
+            calls.append(arguments)
+            return forward(*arguments, **options)
+
+        return call
+
+    for network in networks:
+        monkeypatch.setattr(network, "forward", recording(network.forward))
+    return calls
+
+
+# The promises ---------------------------------------------------------------------------------------------------------
 
 
 def images_are_in_range_and_known_pixels_stay(case: Case) -> None:
@@ -75,8 +94,8 @@ def a_batch_equals_single_runs(case: Case) -> None:
     for i in range(2):
         one = slice(i, i + 1)
         guidance = {k: v[one] if isinstance(v, Tensor) and len(v) == 2 else v for k, v in case.guidance.items()}
-        expected = InpaintResult(*(None if v is None else v[one] for v in whole))  # type: ignore[arg-type]
-        assert_same(case.run(image[one], mask[one], **guidance), expected)
+        expected = InpaintResult(*(None if v is None else v[one] for v in whole))
+        assert_same(case.run(image[one], mask[one], **guidance), expected, case.tolerance)
 
 
 def one_mask_serves_all_images(case: Case) -> None:
@@ -111,20 +130,20 @@ def the_layout_does_not_matter(case: Case) -> None:
     expected = case.run(image, mask)
     assert_same(case.run(image.contiguous(memory_format=torch.channels_last), mask), expected, 0)
     model = copy.deepcopy(case.model).to(memory_format=torch.channels_last)
-    assert_same(Case(model, case.size, case.guidance).run(image, mask), expected)
+    assert_same(Case(model, case.size, case.guidance).run(image, mask), expected, case.tolerance)
 
 
 def the_holes_region_is_that_of_the_image(case: Case) -> None:
     image, mask = case.inputs()
     whole, hole = case.run(image, mask), case.run(image, mask, region="hole")
-    assert (hole.completed - whole.completed).abs().max() <= TOLERANCE
+    assert (hole.completed - whole.completed).abs().max() <= case.tolerance
 
 
 def recording_gradients_changes_nothing(case: Case) -> None:
     image, mask = case.inputs()
     result: InpaintResult = case.model(image, mask, **case.guidance)
     assert result.output.requires_grad
-    assert_same(result, case.run(image, mask))
+    assert_same(result, case.run(image, mask), case.tolerance)
 
 
 def training_reaches_every_parameter(case: Case) -> None:
@@ -160,13 +179,14 @@ def copies_give_the_same(case: Case) -> None:
 def errors_name_the_argument(case: Case) -> None:
     image, mask = case.inputs()
     multiple = case.model.size_multiple
+    multiples = f"image: expected a height and width that are multiples of {multiple}"
     wrong: list[tuple[Any, type[Exception], str]] = [
         ((image[0], mask), ValueError, r"image: expected shape \[B, 3, H, W\]"),
         ((image[:, :1], mask), ValueError, r"image: expected shape \[B, 3, H, W\]"),
         (((255 * image).byte(), mask), TypeError, "image: expected a floating-point tensor"),
         ((image, mask[..., 1:]), ValueError, r"mask: expected shape \[B\|1, 1, H, W\]"),
         ((image, mask.long()), TypeError, "mask: expected torch.bool"),
-        ((image[..., 1:], mask[..., 1:]), ValueError, f"image: expected a height and width that are multiples of {multiple}"),
+        ((image[..., 1:], mask[..., 1:]), ValueError, multiples),
         (
             (image[..., :multiple, :], mask[..., :multiple, :]),
             ValueError,

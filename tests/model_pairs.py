@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benches.peer_models import csa_options
 from benches.peers import CSA_REPOSITORY, as_written_for, csa_as_written_for, import_file, import_module
-from inpaint_kernels.nn import CSA as CSALayer
+from inpaint_kernels import nn as kernels
 
 Size = tuple[int, int]
 State = dict[str, Tensor]
@@ -159,9 +159,7 @@ def published_coarse(checkout: Path, channels: int = CSA_CHANNELS, depth: int = 
     return model
 
 
-def published_refinement(
-    checkout: Path, size: Size, channels: int = CSA_CHANNELS, depth: int = CSA_DEPTH
-) -> nn.Module:
+def published_refinement(checkout: Path, size: Size, channels: int = CSA_CHANNELS, depth: int = CSA_DEPTH) -> nn.Module:
     """netG, without the parts that only compute a loss: these know 512 channels alone."""
     networks = csa_networks(checkout)
     options = csa_options(max(size))
@@ -180,7 +178,7 @@ def _csa_inputs(size: Size, batch: int) -> tuple[Tensor, Tensor]:
     mask = csa_mask(size)
     images = 2 * hashed_image(size, 2 * batch) - 1
     known = images[:batch] * (1 - mask)
-    return torch.cat([known + images[batch:] * mask, known], 1), CSALayer().set_mask(mask)
+    return torch.cat([known + images[batch:] * mask, known], 1), kernels.CSA().set_mask(mask)
 
 
 def _netf_inputs(size: Size, batch: int) -> tuple[Tensor]:

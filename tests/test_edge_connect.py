@@ -18,10 +18,9 @@ from inpaint_kernels.models.edge_connect import (
     fold_spectral_norm,
     to_gray,
 )
-from torch import Tensor
 
 from benches.peer_models import relative_error
-from tests.model_contract import Case, contract
+from tests.model_contract import Case, contract, record_inputs
 from tests.model_pairs import edges, hashed_image, holes
 
 SIZE = (24, 32)
@@ -183,16 +182,14 @@ def test_absent_scikit_image_is_named_with_the_alternative(case, monkeypatch):
 
 
 def test_generators_see_the_published_inputs(case, monkeypatch):
-    seen: list[Tensor] = []
-    for generator in (case.model.edge_generator, case.model.inpaint_generator):
-        monkeypatch.setattr(generator, "forward", lambda x, f=generator.forward: seen.append(x) or f(x))
+    seen = record_inputs(monkeypatch, case.model.edge_generator, case.model.inpaint_generator)
     image, mask = case.inputs()
     known = case.guidance["canny_edges"]
     result = case.run(image, mask)
     hole = mask > 0.5
     gray = to_gray(image)
-    assert torch.equal(seen[0], torch.cat([torch.where(hole, 1, gray), torch.where(hole, 0, known), mask], 1))
-    assert torch.equal(seen[1], torch.cat([torch.where(hole, 1, image), result.edges], 1))
+    assert torch.equal(seen[0][0], torch.cat([torch.where(hole, 1, gray), torch.where(hole, 0, known), mask], 1))
+    assert torch.equal(seen[1][0], torch.cat([torch.where(hole, 1, image), result.edges], 1))
 
 
 def test_composite_keeps_the_known_edges(case):

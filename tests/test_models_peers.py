@@ -122,7 +122,9 @@ def test_edge_connect_equals_the_published_test(dtype: torch.dtype, folder: Path
     found = feature.canny(gray, sigma=2, mask=(1 - mask[0, 0]).bool().numpy())
     gray_map, canny_map = (torch.from_numpy(x)[None, None].to(dtype) for x in (gray, found))
     assert canny_map.sum() > 20
-    edge, inpaint = (SimpleNamespace(generator=_load(n).to(dtype)) for n in (networks.EdgeGenerator(), networks.InpaintGenerator()))
+    edge, inpaint = (
+        SimpleNamespace(generator=_load(n).to(dtype)) for n in (networks.EdgeGenerator(), networks.InpaintGenerator())
+    )
     with torch.no_grad():
         predicted = models.EdgeModel.forward(edge, gray_map, canny_map, mask)
         output = models.InpaintingModel.forward(inpaint, image, predicted, mask)
