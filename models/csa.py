@@ -385,6 +385,9 @@ class CSA(InpaintingModel):
         coarse_generator: :class:`CoarseGenerator`, netP.
         refinement_generator: :class:`RefinementGenerator`, netG.
 
+    On a CPU, ``model.to(memory_format=torch.channels_last)`` saves the copies of 132 million weights that every call
+    without gradient makes otherwise, an eighth of its time at 256 x 256. torch.compile breaks its graph at the mask.
+
     Deviations from the published code: the masked positions follow the mask of every call, each image's own (there:
     the first one's for ever). In training, gradients of the second network reach the first one (there: cut). Thin holes
     mask no position, see :meth:`inpaint_kernels.nn.CSA.set_mask`; the CSA layer then changes nothing.

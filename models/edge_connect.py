@@ -333,7 +333,6 @@ def to_gray(image: Tensor) -> Tensor:
     return (image * image.new_tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-@torch.compiler.disable
 def canny(image: Tensor, hole: Tensor, sigma: float = 2.0) -> Tensor:
     """Canny's edges of the known pixels, those of scikit-image: where the hole begins there is none.
 
@@ -360,3 +359,7 @@ def canny(image: Tensor, hole: Tensor, sigma: float = 2.0) -> Tensor:
     known = ~hole.cpu()[:, 0].numpy()
     maps = [feature.canny(g, sigma=sigma, mask=k) for g, k in zip(gray, known, strict=True)]
     return torch.stack([torch.from_numpy(edges) for edges in maps])[:, None].to(image)
+
+
+# As torch.compiler.disable, which takes two seconds to import torch._dynamo, would mark it.
+canny._torchdynamo_disable = True  # type: ignore[attr-defined]
