@@ -184,7 +184,7 @@ class CoarseGenerator(_UNet):
         depth: number of halvings, at least 5.
 
     References:
-        Liu et al., Coherent Semantic Attention for Image Inpainting, ICCV 2019, section 3.1. Published code:
+        Liu et al., Coherent Semantic Attention for Image Inpainting, ICCV 2019. Published code:
         KumapowerLIU/CSA-inpainting, ``UnetGenerator``.
     """
 
@@ -235,7 +235,7 @@ class RefinementGenerator(_UNet):
         gradient: the same.
 
     References:
-        As of :class:`CoarseGenerator`, section 3.2. Published code: ``UnetGeneratorCSA``.
+        As of :class:`CoarseGenerator`. Published code: ``UnetGeneratorCSA``.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class PatchDiscriminator(nn.Module):
         channels: of the first layer.
 
     References:
-        As of :class:`CoarseGenerator`, section 3.4. Published code: ``NLayerDiscriminator``.
+        As of :class:`CoarseGenerator`. Published code: ``NLayerDiscriminator``.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64) -> None:
@@ -329,7 +329,7 @@ class FeaturePatchDiscriminator(nn.Module):
         channels: of all layers.
 
     References:
-        As of :class:`CoarseGenerator`, section 3.4. Published code: ``PFDiscriminator``.
+        As of :class:`CoarseGenerator`. Published code: ``PFDiscriminator``.
     """
 
     def __init__(self, in_channels: int = 256, channels: int = 512) -> None:

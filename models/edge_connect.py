@@ -80,8 +80,8 @@ class EdgeGenerator(_Generator):
         in_channels: 3 in all published weights.
 
     References:
-        Nazeri et al., EdgeConnect: Generative Image Inpainting with Adversarial Edge Learning, ICCV Workshops 2019,
-        section 3.1 and appendix A. Published code: knazeri/edge-connect, ``EdgeGenerator``.
+        Nazeri et al., EdgeConnect: Generative Image Inpainting with Adversarial Edge Learning, arXiv 1901.00212,
+        2019, section 3.1. Published code: knazeri/edge-connect, ``EdgeGenerator``.
     """
 
     def __init__(self, residual_blocks: int = 8, use_spectral_norm: bool = True, *, in_channels: int = 3) -> None:
@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
         use_spectral_norm: as of :class:`EdgeGenerator`; the convolutions then have no bias.
 
     References:
-        As of :class:`EdgeGenerator`, appendix A. Published code: knazeri/edge-connect, ``Discriminator``.
+        As of :class:`EdgeGenerator`. Published code: knazeri/edge-connect, ``Discriminator``.
     """
 
     def __init__(self, in_channels: int, use_sigmoid: bool = True, use_spectral_norm: bool = True) -> None:
@@ -244,7 +244,7 @@ class EdgeConnect(InpaintingModel):
         inpaint_generator: :class:`InpaintGenerator`.
 
     References:
-        Nazeri et al., EdgeConnect: Generative Image Inpainting with Adversarial Edge Learning, ICCV Workshops 2019.
+        Nazeri et al., EdgeConnect: Generative Image Inpainting with Adversarial Edge Learning, arXiv 1901.00212, 2019.
         Published code: knazeri/edge-connect, ``EdgeConnect.test``.
 
     Example:
