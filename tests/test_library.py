@@ -150,7 +150,7 @@ MAY_IMPORT = {
     "info": {"_backends", "_native"},
     "inpaint": {"images", "masks", "models"},
     "masks": set(),
-    "models": {"_checks", "models", PUBLIC},
+    "models": {"_checks", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
@@ -172,6 +172,7 @@ THIRD_PARTY = {
     "info": {"rich"},
     "inpaint": {"numpy"},
     "masks": {"PIL", "numpy"},
+    "models": {"skimage"},
     "panels": {"PIL", "numpy"},
     "triton_kernels": {"triton"},
 }
