@@ -114,6 +114,12 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "Tensor");
   m.def("convolution_weight_digest(Tensor weight) -> int");
 
+  // csrc/cpu/convolution_weight_gradient: of the weight and the bias, from grad [B, O, Ho, Wo] and x [B, Cin, H, W].
+  m.def(
+      "convolution_weight_gradient(Tensor grad, Tensor x, int stride_y, int stride_x, int pad_top, int pad_left, "
+      "int dilation_y, int dilation_x, int upsample, bool reflect, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> "
+      "()");
+
   // csrc/cpu/{gated,dilated,partial}_conv2d: of the weight only the shape is read. The caller allocates the outputs, in
   // the layout of x.
   m.def(
