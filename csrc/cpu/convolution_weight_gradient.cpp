@@ -26,8 +26,9 @@ namespace {
 constexpr int64_t kMostPositions = 64, kLeastPositions = 16;
 constexpr int64_t kOperandBytes = 320 << 10;
 constexpr int64_t kWidestBlock = 192;                           // channels, or rows of the weight
-constexpr int64_t kTasks = 16, kMostSumBytes = int64_t{4} << 20;  // what the image is cut into bands for
+constexpr int64_t kTasks = 8, kMostSumBytes = int64_t{4} << 20;  // what the image is cut into bands for
 constexpr int64_t kFewestWinogradChannels = 16;
+constexpr int64_t kResultRows = 16;  // of the weight, whose gradients are written together: a cache line of sums
 
 template <class T>
 struct WeightGradient {
@@ -126,7 +127,7 @@ class WeightGradientPlan {
   };
 
   int64_t tasks() const { return bands_ * channels_.count * rows_.count * (lines_ / lines_together_); }
-  int64_t results() const { return channels_.size; }
+  int64_t results() const { return ceil_div(rows_.size, kResultRows); }
 
   // The sums of task i.
   template <int rows, int bytes>
@@ -157,43 +158,16 @@ class WeightGradientPlan {
     add_items<rows, bytes>(task, items, positions, worker);
   }
 
-  // The gradients of the weights of one channel, and with the first one those of the bias.
-  INPAINT_INLINE void finish(int64_t channel) const {
-    const int64_t block = channel / channels_.width, within = channel % channels_.width;
-    for (int64_t o = 0; o < rows_.size; o += kChunk) {
-      const Task task{0, block, o / rows_.width, 0};
-      const int64_t column = o % rows_.width, valid = std::min<int64_t>(kChunk, rows_.size - o);
-      const int64_t kernel = job_.y.kernel * job_.x.kernel;
-      T* to = job_.weight + (o * channels_.size + channel) * kernel;
-      const auto put = [&](int64_t tap, Chunk<T> value) INPAINT_INLINE_LAMBDA {
-        for (int64_t i = 0; i < valid; ++i) to[i * channels_.size * kernel + tap] = value[i];
-      };
-      if (winograd_) {
-        Chunk<T> down[4][3];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          Chunk<T> products[4];
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) products[i] = band_sum(task, i, (j * channels_.width + within), column);
-          transform_product_line(products, down[j]);
-        }
-        for (int i = 0; i < 3; ++i) {
-          Chunk<T> across[3];
-          const Chunk<T> line[4] = {down[0][i], down[1][i], down[2][i], down[3][i]};
-          transform_product_line(line, across);
-          for (int j = 0; j < 3; ++j) put(3 * i + j, across[j]);
-        }
-      } else {
-        const int64_t width = channels_.valid(block);
-        for (int64_t i = 0; i < job_.y.kernel; ++i)
-          for (int64_t j = 0; j < job_.x.kernel; ++j)
-            put(i * job_.x.kernel + j, band_sum(task, i, j * width + within, column));
-      }
-      if (channel == 0 && job_.bias != nullptr) {
-        Chunk<T> sum = {};
-        for (int64_t band = 0; band < bands_; ++band) sum += load_chunk<T>(bias_sums(band, task.row_block) + column);
-        store_channels<T>(job_.bias + o, sum, valid);
-      }
+  // The gradients of kResultRows rows of the weight, and of their biases.
+  INPAINT_INLINE void finish(int64_t result) const {
+    const int64_t begin = result * kResultRows, end = std::min(begin + kResultRows, rows_.size);
+    for (int64_t channel = 0; channel < channels_.size; ++channel)
+      for (int64_t row = begin; row < end; row += kChunk) finish_taps(channel, row);
+    for (int64_t row = begin; row < end && job_.bias != nullptr; row += kChunk) {
+      Chunk<T> sum = {};
+      for (int64_t band = 0; band < bands_; ++band)
+        sum += load_chunk<T>(bias_sums(band, row / rows_.width) + row % rows_.width);
+      store_channels<T>(job_.bias + row, sum, end - row);
     }
   }
 
@@ -312,10 +286,44 @@ class WeightGradientPlan {
     }
   }
 
+  // One channel of the weight, in up to kChunk rows.
+  INPAINT_INLINE void finish_taps(int64_t channel, int64_t row) const {
+    const Task task{0, channel / channels_.width, row / rows_.width, 0};
+    const int64_t within = channel % channels_.width, column = row % rows_.width;
+    const int64_t kernel = job_.y.kernel * job_.x.kernel, valid = std::min<int64_t>(kChunk, rows_.size - row);
+    T* to = job_.weight + (row * channels_.size + channel) * kernel;
+    const auto put = [&](int64_t tap, Chunk<T> value) INPAINT_INLINE_LAMBDA {
+      for (int64_t i = 0; i < valid; ++i) to[i * channels_.size * kernel + tap] = value[i];
+    };
+    if (!winograd_) {
+      const int64_t width = channels_.valid(task.channel_block);
+      for (int64_t i = 0; i < job_.y.kernel; ++i)
+        for (int64_t j = 0; j < job_.x.kernel; ++j)
+          put(i * job_.x.kernel + j, band_sum(task, i, j * width + within, column));
+      return;
+    }
+    Chunk<T> down[4][3];  // [column][row]
+    for (int j = 0; j < 4; ++j) {
+      Chunk<T> products[4];
+      for (int i = 0; i < 4; ++i) products[i] = band_sum(task, i, j * channels_.width + within, column);
+      transform_product_line(products, down[j]);
+    }
+    for (int i = 0; i < 3; ++i) {
+      Chunk<T> across[3];
+      const Chunk<T> line[4] = {down[0][i], down[1][i], down[2][i], down[3][i]};
+      transform_product_line(line, across);
+      for (int j = 0; j < 3; ++j) put(3 * i + j, across[j]);
+    }
+  }
+
   INPAINT_INLINE Chunk<T> band_sum(Task task, int64_t line, int64_t row, int64_t column) const {
     Chunk<T> sum = {};
-    for (task.band = 0; task.band < bands_; ++task.band)
-      sum += load_chunk<T>(block_sums(task, line) + row * rows_.width + column);
+    for (task.band = 0; task.band < bands_; ++task.band) {
+      const T* from = block_sums(task, line) + row * rows_.width + column;
+      // Next channels are far apart: without this, most of the time goes by waiting for them.
+      __builtin_prefetch(from + 3 * rows_.width);
+      sum += load_chunk<T>(from);
+    }
     return sum;
   }
 
@@ -339,8 +347,8 @@ class WeightGradientPlan {
                                   WeightGradientPlan<T>::Worker& worker) {                         \
     plan.run<rows, bytes>(i, worker);                                                              \
   }                                                                                                \
-  attributes inline void finish_channel(const WeightGradientPlan<T>& plan, int64_t channel) {      \
-    plan.finish(channel);                                                                          \
+  attributes inline void finish_rows(const WeightGradientPlan<T>& plan, int64_t result) {      \
+    plan.finish(result);                                                                          \
   }
 #ifdef INPAINT_X86_VERSIONS
 #define INPAINT_WEIGHT_GRADIENT_VERSIONS(T)                                      \
@@ -361,8 +369,8 @@ void compute(const WeightGradient<T>& job) {
     if (workers[w] == nullptr) workers[w] = std::make_unique<typename WeightGradientPlan<T>::Worker>(plan);
     run_task(plan, i, *workers[w]);
   });
-  run_tasks(plan.results(), job.gradient.channels * job.y.kernel * job.x.kernel,
-            [&](int64_t, int64_t channel) { finish_channel(plan, channel); });
+  run_tasks(plan.results(), kResultRows * job.input.channels * job.y.kernel * job.x.kernel,
+            [&](int64_t, int64_t i) { finish_rows(plan, i); });
 }
 
 // grad [B, O, Ho, Wo], x [B, Cin, H, W], each in NCHW or channels_last -> grad_weight [O, Cin, kh, kw] and, if given,

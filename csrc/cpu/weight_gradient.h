@@ -15,6 +15,24 @@ struct PixelBlock {
   int64_t channel, channels;
 };
 
+// from[channel][plane] -> to[pixel][stride] of up to 8 channels and 8 pixels.
+template <class T>
+INPAINT_INLINE void transpose_pixels(const T* from, int64_t plane, int64_t channels, int64_t pixels, T* to,
+                                     int64_t stride) {
+  Chunk<T> square[kChunk];
+  if (pixels == kChunk) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunk; ++j) square[j] = j < channels ? load_chunk<T>(from + j * plane) : Chunk<T>{};
+    transpose(square);
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunk; ++j) store_chunk<T>(to + j * stride, square[j]);
+    return;
+  }
+  for (int j = 0; j < kChunk; ++j) square[j] = j < channels ? load_channels<T>(from + j * plane, pixels) : Chunk<T>{};
+  transpose(square);
+  for (int64_t j = 0; j < pixels; ++j) store_chunk<T>(to + j * stride, square[j]);
+}
+
 // to[pixel][stride], zeros behind the channels; a pixel of zeros follows the last one.
 template <class T>
 INPAINT_INLINE void pack_pixels(const Map<const T>& map, const PixelBlock& block, T* to, int64_t stride) {
@@ -32,16 +50,11 @@ INPAINT_INLINE void pack_pixels(const Map<const T>& map, const PixelBlock& block
     return;
   }
   const T* from = map.sample(block.b) + block.channel * map.plane() + pixel;
-  for (int64_t c = 0; c < stride; c += kChunk) {
+  for (int64_t c = 0; c < stride; c += kChunk, from += kChunk * map.plane()) {
     const int64_t planes = std::min<int64_t>(kChunk, block.channels - c);
-    for (int64_t p = 0; p < block.count; p += kChunk) {
-      Chunk<T> square[kChunk] = {};
-      for (int64_t j = 0; j < planes; ++j)
-        square[j] = load_channels<T>(from + (c + j) * map.plane() + p, block.count - p);
-      transpose(square);
-      for (int64_t j = 0; j < std::min<int64_t>(kChunk, block.count - p); ++j)
-        store_chunk<T>(to + (p + j) * stride + c, square[j]);
-    }
+    for (int64_t p = 0; p < block.count; p += kChunk)
+      transpose_pixels(from + p, map.plane(), planes, std::min<int64_t>(kChunk, block.count - p), to + p * stride + c,
+                       stride);
   }
 }
 
