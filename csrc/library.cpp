@@ -125,10 +125,10 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
   m.def(
       "gated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
       "int pad_left, int dilation_y, int dilation_x, bool few_outputs, int upsample, bool reflect, str activation, "
-      "float slope, bool gate_first, Tensor(a!) y, Tensor(b!)? pre) -> ()");
+      "float slope, bool gate_first, Tensor(a!) y, Tensor(b!)? gates) -> ()");
   m.def(
-      "gated_conv2d_gate_backward(Tensor grad, Tensor pre, str activation, float slope, bool gate_first, "
-      "Tensor(a!) grad_pre) -> ()");
+      "gated_conv2d_gate_backward(Tensor grad, Tensor y, Tensor gates, str activation, float slope, bool gate_first, "
+      "Tensor(a!) grad_sums) -> ()");
   m.def(
       "dilated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
       "int pad_left, int dilation_y, int dilation_x, bool few_outputs, bool reflect, str activation, float slope, "

@@ -25,7 +25,7 @@ namespace {
 // written once for so many positions.
 constexpr int64_t kMostPositions = 64, kLeastPositions = 16;
 constexpr int64_t kOperandBytes = 320 << 10;
-constexpr int64_t kWidestBlock = 192;                           // channels, or rows of the weight
+constexpr int64_t kWidestBlock = 192;                            // channels, or rows of the weight
 constexpr int64_t kTasks = 8, kMostSumBytes = int64_t{4} << 20;  // what the image is cut into bands for
 constexpr int64_t kFewestWinogradChannels = 16;
 constexpr int64_t kResultRows = 16;  // of the weight, whose gradients are written together: a cache line of sums
@@ -49,7 +49,9 @@ int64_t spread(int64_t size) {
 // `size` cut into equal blocks of at most kWidestBlock, multiples of kChunk.
 struct Blocks {
   explicit Blocks(int64_t size)
-      : size(size), width(round_up(ceil_div(size, ceil_div(size, kWidestBlock)), kChunk)), count(ceil_div(size, width)) {}
+      : size(size),
+        width(round_up(ceil_div(size, ceil_div(size, kWidestBlock)), kChunk)),
+        count(ceil_div(size, width)) {}
   int64_t begin(int64_t block) const { return block * width; }
   int64_t valid(int64_t block) const { return std::min(width, size - begin(block)); }
   int64_t size, width, count;
@@ -228,7 +230,8 @@ class WeightGradientPlan {
       T* sums = block_sums(task, line);
       for (int64_t product = 0; product < products_; ++product) {
         const T* b = worker.b.get() + product * positions_ * b_stride_;
-        const Product<T> operands{worker.a.get() + product * positions_ * a_stride_, b, a_stride_, b_stride_, positions};
+        const Product<T> operands{worker.a.get() + product * positions_ * a_stride_, b, a_stride_, b_stride_,
+                                  positions};
         add_product<T, rows, bytes>(operands, taps_ * channels, width, sums, rows_.width);
         sums += taps_ * channels_.width * rows_.width;
       }
@@ -247,8 +250,8 @@ class WeightGradientPlan {
     const auto pack = [&](int64_t tap, T* to) INPAINT_INLINE_LAMBDA {
       const Axis& y = job_.y;
       const int64_t row = y.source(y.position(item.y) + tap * y.dilation);
-      pack_pixels<T>(job_.input, {item.b, row, strip.input_first, strip.input_count,
-                                  channels_.begin(task.channel_block), channels},
+      pack_pixels<T>(job_.input,
+                     {item.b, row, strip.input_first, strip.input_count, channels_.begin(task.channel_block), channels},
                      to, pixel);
     };
     const Operand<T> to{worker.a.get() + item.offset * a_stride_, positions_ * a_stride_, a_stride_};
@@ -269,8 +272,9 @@ class WeightGradientPlan {
     const Strip& strip = *item.strip;
     T* rows[2] = {worker.gradients.get(), worker.gradients.get() + packed_size(rows_, most_gradients_)};
     const auto pack = [&](int64_t row, T* to) INPAINT_INLINE_LAMBDA {
-      pack_pixels<T>(job_.gradient, {item.b, row, strip.gradient_first, strip.gradient_count,
-                                     rows_.begin(task.row_block), rows_.valid(task.row_block)},
+      pack_pixels<T>(job_.gradient,
+                     {item.b, row, strip.gradient_first, strip.gradient_count, rows_.begin(task.row_block),
+                      rows_.valid(task.row_block)},
                      to, width);
     };
     const Operand<T> to{worker.b.get() + item.offset * b_stride_, positions_ * b_stride_, b_stride_};
@@ -342,18 +346,16 @@ class WeightGradientPlan {
 // ---- Instruction sets --------------------------------------------------------------------------------------------
 
 // One version per register file: 8 x 3 vectors of 64 bytes in 32 registers, 4 x 3 of 32 or 16 bytes in 16.
-#define INPAINT_WEIGHT_GRADIENT(T, attributes, rows, bytes)                                        \
-  attributes inline void run_task(const WeightGradientPlan<T>& plan, int64_t i,                    \
-                                  WeightGradientPlan<T>::Worker& worker) {                         \
-    plan.run<rows, bytes>(i, worker);                                                              \
-  }                                                                                                \
-  attributes inline void finish_rows(const WeightGradientPlan<T>& plan, int64_t result) {      \
-    plan.finish(result);                                                                          \
-  }
+#define INPAINT_WEIGHT_GRADIENT(T, attributes, rows, bytes)                     \
+  attributes inline void run_task(const WeightGradientPlan<T>& plan, int64_t i, \
+                                  WeightGradientPlan<T>::Worker& worker) {      \
+    plan.run<rows, bytes>(i, worker);                                           \
+  }                                                                             \
+  attributes inline void finish_rows(const WeightGradientPlan<T>& plan, int64_t result) { plan.finish(result); }
 #ifdef INPAINT_X86_VERSIONS
-#define INPAINT_WEIGHT_GRADIENT_VERSIONS(T)                                      \
-  INPAINT_WEIGHT_GRADIENT(T, __attribute__((target("arch=x86-64-v4"))), 8, 64)   \
-  INPAINT_WEIGHT_GRADIENT(T, __attribute__((target("arch=x86-64-v3"))), 4, 32)   \
+#define INPAINT_WEIGHT_GRADIENT_VERSIONS(T)                                    \
+  INPAINT_WEIGHT_GRADIENT(T, __attribute__((target("arch=x86-64-v4"))), 8, 64) \
+  INPAINT_WEIGHT_GRADIENT(T, __attribute__((target("arch=x86-64-v3"))), 4, 32) \
   INPAINT_WEIGHT_GRADIENT(T, __attribute__((target("default"))), 4, 16)
 #else
 #define INPAINT_WEIGHT_GRADIENT_VERSIONS(T) INPAINT_WEIGHT_GRADIENT(T, , 4, 16)

@@ -192,9 +192,9 @@ INPAINT_INLINE void add_rows(const Product<T>& product, int64_t column, int64_t 
                                           product.positions, sums + r * stride + column, stride);
   if constexpr (most > 1)
     if (r < rows)
-      add_rows<T, most / 2, bytes, vectors>({product.a + r, product.b, product.a_stride, product.b_stride,
-                                             product.positions},
-                                            column, rows - r, sums + r * stride, stride);
+      add_rows<T, most / 2, bytes, vectors>(
+          {product.a + r, product.b, product.a_stride, product.b_stride, product.positions}, column, rows - r,
+          sums + r * stride, stride);
 }
 
 // All of a product; `columns` is a multiple of kChunk. 3 vectors for each of `rows` fill the registers with the fewest
@@ -204,8 +204,7 @@ INPAINT_INLINE void add_product(const Product<T>& product, int64_t count, int64_
   constexpr int64_t lanes = bytes / sizeof(T);
   int64_t column = 0;
   if (columns % (3 * lanes) == 0)
-    for (; column < columns; column += 3 * lanes)
-      add_rows<T, rows, bytes, 3>(product, column, count, sums, stride);
+    for (; column < columns; column += 3 * lanes) add_rows<T, rows, bytes, 3>(product, column, count, sums, stride);
   for (; column + 2 * lanes <= columns; column += 2 * lanes)
     add_rows<T, rows * 3 / 2, bytes, 2>(product, column, count, sums, stride);
   for (; column + lanes <= columns; column += lanes)
