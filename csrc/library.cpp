@@ -114,15 +114,21 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "Tensor");
   m.def("convolution_weight_digest(Tensor weight) -> int");
 
+  // csrc/cpu/convolution_weight_gradient: of the weight and the bias, from grad [B, O, Ho, Wo] and x [B, Cin, H, W].
+  m.def(
+      "convolution_weight_gradient(Tensor grad, Tensor x, int stride_y, int stride_x, int pad_top, int pad_left, "
+      "int dilation_y, int dilation_x, int upsample, bool reflect, Tensor(a!) grad_weight, Tensor(b!)? grad_bias) -> "
+      "()");
+
   // csrc/cpu/{gated,dilated,partial}_conv2d: of the weight only the shape is read. The caller allocates the outputs, in
   // the layout of x.
   m.def(
       "gated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
       "int pad_left, int dilation_y, int dilation_x, bool few_outputs, int upsample, bool reflect, str activation, "
-      "float slope, bool gate_first, Tensor(a!) y, Tensor(b!)? pre) -> ()");
+      "float slope, bool gate_first, Tensor(a!) y, Tensor(b!)? gates) -> ()");
   m.def(
-      "gated_conv2d_gate_backward(Tensor grad, Tensor pre, str activation, float slope, bool gate_first, "
-      "Tensor(a!) grad_pre) -> ()");
+      "gated_conv2d_gate_backward(Tensor grad, Tensor y, Tensor gates, str activation, float slope, bool gate_first, "
+      "Tensor(a!) grad_sums) -> ()");
   m.def(
       "dilated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
       "int pad_left, int dilation_y, int dilation_x, bool few_outputs, bool reflect, str activation, float slope, "

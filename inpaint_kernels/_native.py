@@ -51,6 +51,7 @@ KERNELS: dict[str, tuple[DispatchKey, ...]] = {
     "patch_vote": ("CPU",),
     "convolution_pack_weight": ("CPU",),
     "convolution_weight_digest": ("CPU",),
+    "convolution_weight_gradient": ("CPU",),
     "gated_conv2d": ("CPU",),
     "gated_conv2d_gate_backward": ("CPU",),
     "dilated_conv2d": ("CPU",),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from inpaint_kernels import _native, dilated_conv2d, gated_conv2d, partial_conv2d
 from inpaint_kernels._packed_weights import PACKED_WEIGHTS
 from inpaint_kernels.ops import _convolution
+from inpaint_kernels.portable._convolution import Geometry, convolution_backward
 from tests.compare import FLOOR, relative_error
 from tests.convolutions import LAYOUTS, Arguments
 
@@ -293,3 +294,86 @@ def test_digests_of_changed_weights_differ():
         signs[[i, j]] = -1
         variants.append(weight * signs)
     assert len({digest(variant) for variant in variants}) == len(variants)
+
+
+# The gradient of the weight -------------------------------------------------------------------------------------------
+
+
+def some_gradient(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Geometry]:
+    """grad, x, weight and geometry, around what the kernel's blocks, strips, tiles and bands are made of."""
+    choose, generator = random.Random(f"{seed} {dtype}"), torch.Generator().manual_seed(seed)
+    channels = choose.choice([1, 3, 5, 16, 17, 24, 40, 200])
+    rows = choose.choice([1, 2, 7, 16, 24, 31, 40, 48, 198])
+    kernel = choose.choice([(1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (2, 3), (4, 4)])
+    dilation, stride = (
+        choose.choice([(1, 1), (1, 1), (2, 2), (3, 2), (9, 9)]),
+        choose.choice([(1, 1), (1, 1), (2, 2), (1, 3)]),
+    )
+    upsample, reflect = choose.choice([1, 1, 2]), choose.random() < 0.3
+    size = choose.choice([5, 8, 13, 30]), choose.choice([5, 9, 16, 33, 150])
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    pad: list[int] = []
+    for axis in (0, 1):
+        enough = max(0, reach[axis] - size[axis] * upsample)  # not every tap is inside for a single output
+        before = choose.choice([0, reach[axis] // 2, reach[axis] // 3])
+        pad += [before, max(enough - before, choose.choice([0, reach[axis] // 2, 1]))]
+        reflect = reflect and max(pad[-2:]) < size[axis] * upsample
+    geometry = Geometry(stride, tuple(pad), dilation, 1, upsample, reflect)
+    x = torch.randn(choose.choice([1, 1, 2]), channels, *size, generator=generator)
+    weight = torch.randn(rows, channels, *kernel, generator=generator)
+    grad = torch.randn(x.shape[0], rows, *geometry.output_of(x, weight), generator=generator)
+    layouts = [LAYOUTS[choose.choice(["nchw", "channels_last"])] for _ in range(2)]
+    return layouts[0](grad.to(dtype)), layouts[1](x.to(dtype)), weight.to(dtype), geometry
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_any_gradient_of_a_weight_equals_that_in_float64(dtype):
+    for seed in range(2 * SETTINGS):
+        grad, x, weight, geometry = some_gradient(seed, dtype)
+        got = _convolution._cpu_weight_gradient(grad, x, weight, geometry)
+        double = (t.double().contiguous() for t in (grad, x, weight))
+        _, *expected = convolution_backward(*double, geometry, [False, True, True])
+        # What rounding costs is in proportion to the terms, of which a sum may cancel most.
+        terms = max(grad.double().abs().sum((0, 2, 3)).norm().item(), 1e-30)
+        assert got[0].dtype == got[1].dtype == dtype
+        assert relative_error(got[0], expected[0]) < LIMIT[dtype], (seed, geometry, x.shape, weight.shape)
+        assert (got[1].double() - expected[1]).norm() < LIMIT[dtype] * terms, (seed, geometry, x.shape, weight.shape)
+
+
+def test_gradient_of_a_weight_is_the_same_for_any_number_of_threads(poisoned_memory):
+    before = torch.get_num_threads()
+    try:
+        for seed in range(12):
+            case = some_gradient(seed, torch.float32)
+            results = []
+            for threads in (1, 2, 3, 1):
+                torch.set_num_threads(threads)
+                results.append(_convolution._cpu_weight_gradient(*case))
+            for result in results[1:]:
+                assert all(map(torch.equal, result, results[0]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradient_of_a_weight_over_many_pixels_rounds_no_more_than_a_short_sum():
+    """Sums of sums: one long sum in float32 loses ten times as much."""
+    x, grad = torch.randn(1, 16, 256, 256), torch.randn(1, 16, 256, 256)
+    weight, geometry = torch.randn(16, 16, 3, 3), Geometry((1, 1), (1, 1, 1, 1), (1, 1))
+    _, *expected = convolution_backward(grad.double(), x.double(), weight.double(), geometry, [False, True, True])
+    for ours, theirs in zip(_convolution._cpu_weight_gradient(grad, x, weight, geometry), expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+def test_gradient_of_the_weight_is_not_torchs(monkeypatch):
+    """Nor does the op copy its maps: only the gradient of x may still be torch's."""
+    arguments = {"x": torch.randn(1, 4, 6, 7), "weight": torch.randn(8, 4, 3, 3).requires_grad_()}
+    wanted: list[list[bool]] = []
+
+    def record(*args: Any) -> tuple[None, None, None]:
+        wanted.append(list(args[-1]))
+        return None, None, None
+
+    monkeypatch.setattr(_convolution, "convolution_backward", record)
+    for op in (gated_conv2d, dilated_conv2d):
+        op(**arguments, padding=1, backend="cpu").sum().backward()
+    assert wanted == []

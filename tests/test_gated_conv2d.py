@@ -277,12 +277,66 @@ def test_gradient_penalty_of_a_part_of_the_inputs():
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
+@on_every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_where_gates_and_features_are_extreme(backend, activation, dtype):
+    """Open and shut gates, and features at the limit of an elu: what is kept must still tell them apart."""
+    arguments = layer({"kernel": 1, "activation": activation}, (4, 12), dtype=torch.float64)
+    for scale in (0.1, 4.0, 20.0):
+        scaled = {**arguments, "weight": arguments["weight"] * scale, "bias": arguments["bias"] * scale}
+        assert_gradients_equal_reference(gated_conv2d, in_dtype(scaled, dtype), backend)
+
+
+@on_every_backend
+def test_gradient_where_the_sigmoid_underflows_is_zero(backend):
+    x = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2).requires_grad_()
+    weight, bias = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), torch.tensor([0.0, -200.0])
+    for activation in ACTIVATIONS:
+        y = gated_conv2d(x, weight, bias, activation=activation, backend=backend)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() < 1e-30
+
+
+@with_the_reference_too
+def test_autograd_keeps_output_and_gates(backend):
+    """Not what came out of the convolution, which is twice as wide."""
+    arguments = layer({"kernel": 3, "padding": 1}, (3, 8), batch=1, dtype=torch.float32)
+    for name in ("x", "weight", "bias"):
+        arguments[name].requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = gated_conv2d(**arguments, backend=backend)
+    own = {id(arguments[name]) for name in ("x", "weight", "bias")}
+    others = [tensor for tensor in kept if id(tensor) not in own]
+    assert [tensor.shape for tensor in others] == [y.shape, y.shape]
+    assert [tensor.untyped_storage().nbytes() for tensor in others] == [y.nbytes, y.nbytes]
+    assert others[0].data_ptr() == y.data_ptr()
+
+
+@with_the_reference_too
+def test_output_changed_in_place_before_its_gradient_is_an_error(backend):
+    arguments = layer({"kernel": 3})
+    arguments["x"].requires_grad_()
+    y = gated_conv2d(**arguments, backend=backend)
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_gradient_of_the_bare_op_without_keep_is_an_error():
     x, weight = torch.zeros(1, 2, 4, 4, requires_grad=True), torch.zeros(2, 2, 1, 1)
     geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1, 1, False)
     op = torch.ops.inpaint_kernels.gated_conv2d
-    y, pre = op(x, weight, None, *geometry, "elu", 0.2, False, False, "portable")
-    assert pre.numel() == 0
+    y, gates = op(x, weight, None, *geometry, "elu", 0.2, False, False, "portable")
+    assert gates.numel() == 0
     with pytest.raises(RuntimeError, match="the gradient needs what keep=True returns"):
         y.sum().backward()
 
@@ -307,9 +361,9 @@ def test_portable_holds_input_output_and_some_bands(monkeypatch, layout, geometr
 
 def test_portable_gate_gradient_holds_some_bands(monkeypatch):
     monkeypatch.setattr(_convolution, "BAND", 16 * 64 * 4)
-    pre, grad = torch.randn(1, 16, 96, 64), torch.randn(1, 8, 96, 64)
+    grad, y, gates = torch.randn(3, 1, 8, 96, 64)
     with PeakMemory() as memory:
-        result = portable.gated_conv2d_gate_backward(grad, pre, Activation("elu"), False)
+        result = portable.gated_conv2d_gate_backward(grad, y, gates, Activation("elu"), False)
     assert memory.peak <= result.nbytes + 4 * 4 * _convolution.BAND
 
 

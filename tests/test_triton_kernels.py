@@ -177,11 +177,10 @@ def test_sums_with_every_kind_of_tile(config, monkeypatch, poisoned_memory):
     geometry = Geometry((1, 2), (1, 1, 1, 1), (1, 1))
     for channels, columns in ((32, 48), (5, 102)):
         x, weight = random(1, channels, 4, 9), random_weight(columns, channels, (3, 3))
-        y, pre = gated_conv2d.gate_in_gemm(x, weight, None, geometry, NONE, False, True)
-        expected = expected_sums(x, weight, None, geometry)
+        y, kept = gated_conv2d.gate_in_gemm(x, weight, None, geometry, NONE, False, True)
+        features, gates = expected_sums(x, weight, None, geometry).chunk(2, 1)
         eager = sums(x.cpu(), weight.cpu(), None, geometry)
-        assert_close(pre, expected, eager)
-        features, gates = expected.chunk(2, 1)
+        assert_close(kept, gates, eager.chunk(2, 1)[1])
         assert_close(y, features * gates.sigmoid())
 
 
@@ -216,8 +215,8 @@ def test_offsets_of_64_bits(monkeypatch, poisoned_memory):
     expected = expected_sums(x, weight, bias, geometry)
     features, gates = expected.chunk(2, 1)
     for gate in (gated_conv2d.gate_in_gemm, gated_conv2d.gate_behind_cudnn):
-        y, pre = gate(x, weight, bias, geometry, NONE, False, True)
-        assert_close(pre, expected)
+        y, kept = gate(x, weight, bias, geometry, NONE, False, True)
+        assert_close(kept, gates)
         assert_close(y, features * gates.sigmoid())
 
 
@@ -275,33 +274,38 @@ def test_activation_and_residual(convolution, activation, with_bias, with_residu
 def test_gate(gate, activation, gate_first, keep, columns, with_bias, dtype, layout, poisoned_memory):
     x, weight = random(2, 5, 6, 5, dtype=dtype, layout=layout), random_weight(columns, 5, (3, 3), dtype)
     bias = random(columns, dtype=dtype) if with_bias else None
-    y, pre = gate(x, weight, bias, SAME_3, activation, gate_first, keep)
+    y, kept = gate(x, weight, bias, SAME_3, activation, gate_first, keep)
     expected = expected_sums(x, weight, bias, SAME_3)
     features, gates = reversed(expected.chunk(2, 1)) if gate_first else expected.chunk(2, 1)
     assert_close(y, act(features, activation) * gates.sigmoid())
     assert y.is_contiguous(memory_format=layout)
     if keep:
-        assert_close(pre, expected)
-        assert pre.is_contiguous(memory_format=layout)
+        assert_close(kept, gates)
+        assert kept.is_contiguous(memory_format=layout)
     else:
-        assert pre.numel() == 0
+        assert kept.numel() == 0
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("gate_first", [False, True])
 @dtypes_and_layouts
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_gate_backward(activation, gate_first, dtype, layout, poisoned_memory):
-    pre = random(2, 12, 9, 16, dtype=dtype, layout=layout)
-    pre[:, :, 0, :2] = torch.tensor([0.0, -1e-4], device=DEVICE)  # where torch chooses a side; where exp(x) - 1 is tiny
+    sums = random(2, 12, 9, 16, dtype=dtype)
+    sums[:, :, 0, :2] = torch.tensor(
+        [0.0, -1e-4], device=DEVICE
+    )  # where torch chooses a side; where exp(x) - 1 is tiny
+    sums[:, :, 0, 2:4] = torch.tensor([200.0, -200.0], device=DEVICE)  # where the sigmoid is 1, where it underflows
     grad_y = random(2, 6, 9, 16, dtype=dtype)
-    leaf = pre.cpu().double().requires_grad_()
+    leaf = sums.cpu().double().requires_grad_()
     features, gates = reversed(leaf.chunk(2, 1)) if gate_first else leaf.chunk(2, 1)
     y = act(features, activation) * gates.sigmoid()
+    kept = [t.detach().to(DEVICE, dtype).contiguous(memory_format=layout) for t in (y, gates)]
     for grad in (grad_y, grad_y.contiguous(memory_format=CHANNELS_LAST), grad_y[:1, :1, :1, :1].expand(2, 6, 9, 16)):
         (expected,) = torch.autograd.grad(y, leaf, grad.cpu().double(), retain_graph=True)
-        grad_pre = gated_conv2d.gated_conv2d_gate_backward(grad, pre, activation, gate_first)
-        assert_close(grad_pre, expected)
-        assert grad_pre.is_contiguous(memory_format=layout)
+        grad_sums = gated_conv2d.gated_conv2d_gate_backward(grad, *kept, activation, gate_first)
+        assert_close(grad_sums, expected)
+        assert grad_sums.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("convolution", [partial_conv2d.renormalised_in_gemm, partial_conv2d.renormalised_behind_cudnn])
@@ -345,11 +349,11 @@ def test_nan_stays(activation):
         weight = torch.ones(1, 1, 1, 1, device=DEVICE)
         y = convolution(x, weight, None, Geometry((1, 1), (0, 0, 0, 0), (1, 1)), activation, None)
         assert y.isnan().flatten().tolist() == [False, True, False]
-    pre = torch.ones(1, 2, 1, 2, device=DEVICE)
-    pre[0, 0, 0, 0] = torch.nan
-    grad_pre = gated_conv2d.gated_conv2d_gate_backward(torch.ones(1, 1, 1, 2, device=DEVICE), pre, activation, False)
-    assert grad_pre.isnan()[0, 1, 0].tolist() == [True, False]
-    assert grad_pre.isnan()[0, 0, 0].tolist() == [activation.name == "elu", False]
+    y, ones = torch.ones(1, 1, 1, 2, device=DEVICE), torch.ones(1, 1, 1, 2, device=DEVICE)
+    y[0, 0, 0, 0] = torch.nan
+    grad_sums = gated_conv2d.gated_conv2d_gate_backward(ones, y, ones, activation, False)
+    assert grad_sums.isnan()[0, 1, 0].tolist() == [True, False]
+    assert grad_sums.isnan()[0, 0, 0].tolist() == [activation.name == "elu", False]
 
 
 @pytest.mark.parametrize("value", [-1e-3, -0.029, -0.031, -1.0, -20.0])
@@ -377,10 +381,10 @@ def all_three(x: Tensor, columns: int, bias: Tensor | None) -> list[tuple[Tensor
     ones = torch.ones(1, 1, *size, device=DEVICE)
     expected = expected_sums(x, weight, bias, geometry)
     features, gates = expected.chunk(2, 1)
-    y, pre = gated_conv2d.gated_conv2d(x, weight, bias, geometry, NONE, False, True)
+    y, kept = gated_conv2d.gated_conv2d(x, weight, bias, geometry, NONE, False, True)
     return [
         (y, features * gates.sigmoid()),
-        (pre, expected),
+        (kept, gates),
         (dilated_conv2d.dilated_conv2d(x, weight, bias, geometry, NONE, None), expected),
         (partial_conv2d.partial_conv2d(x, ones, (x.shape[1],), weight, bias, geometry, ones, ones), expected),
     ]

@@ -153,8 +153,8 @@ def gated(
     config: LaunchConfig | None = None,
 ) -> Case:
     x, y, vector, geometry = tensors(shape, precision, layout, shape.columns // 2, reflect=reflect)
-    pre = layout.empty(x, shape.columns, (y.shape[2], y.shape[3])) if keep else None
-    epilogue = gemm.Epilogue("gated", vector, Activation("elu"), pre=pre)
+    gates = layout.empty(x, y.shape[1], (y.shape[2], y.shape[3])) if keep else None
+    epilogue = gemm.Epilogue("gated", vector, Activation("elu"), gates=gates)
     return convolution_case(shape, precision, capability, x, y, geometry, epilogue, layout, config=config)
 
 
@@ -204,8 +204,8 @@ def epilogue_cases(shape: Shape, precision: Precision, capability: Capability, l
     raw, maps = layout.empty(y, shape.columns, size), torch.empty(1, 1, *size, device="meta")
     elu, relu = Activation("elu"), Activation("relu")
     for launch in (
-        epilogues.gate(raw, vector, elu, False, True, y, layout),
-        epilogues.gate_backward(y, raw, elu, False, raw, layout),
+        epilogues.gate(raw, vector, elu, False, y, y, layout),
+        epilogues.gate_backward(y, y, y, elu, False, raw, layout),
         epilogues.activation_in_place(raw, vector, relu, raw, layout),
         epilogues.renormalise_in_place(raw, vector, maps, maps, layout),
     ):

@@ -54,7 +54,7 @@ template <class T, class Element>
 struct Epilogue {
   ActivationKind activation;
   T slope;
-  Map<Element> pre;          // of a gate: where the sums themselves go, if data is not null
+  Map<Element> gates;        // where the sums of a gate go, if data is not null
   const Element* residual;   // added last, laid out as y; null: none
   PixelMap<T> scale, shift;  // sums * scale + bias * shift; data null: sums + bias
 };

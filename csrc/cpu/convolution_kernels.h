@@ -603,13 +603,8 @@ INPAINT_INLINE void finish(const Convolution<T, Element>& convolution, const Seg
       store_pixels(convolution.output, part, channels.first, channels.valid, own, channels.panel);
       continue;
     }
-    if (epilogue.pre.data != nullptr) {
-      const int64_t half = convolution.output.channels;
-      const int64_t features = convolution.weight.gate_first ? half : 0;
-      store_pixels(epilogue.pre, part, features + channels.first, channels.valid, own, channels.panel);
-      store_pixels(epilogue.pre, part, half - features + channels.first, channels.valid, own + channels.width,
-                   channels.panel);
-    }
+    if (epilogue.gates.data != nullptr)
+      store_pixels(epilogue.gates, part, channels.first, channels.valid, own + channels.width, channels.panel);
     with_activation(epilogue.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
       const Map<Element>& output = convolution.output;
       if (output.channels_last) {

@@ -1,15 +1,16 @@
-// The gradient of y = activation(features) * sigmoid(gate): the sigmoid is computed again, nothing of it was stored.
+// The gradient of y = activation(features) * sigmoid(gate) from y and the gates: the sigmoid is computed again, and
+// activation(features) is y over it. So half of the convolution's sums need not be kept beside y.
 #pragma once
 
 #include "convolution_kernels.h"
 
 namespace inpaint {
 
-// Rows of `length` neighbours: grad[row][length], pre and result[row][2][length], features before the gate or after it.
+// Rows of `length` neighbours: grad, y and gates [row][length], result[row][2][length], features before the gates or
+// after them.
 template <class T, class Element>
 struct GateBackward {
-  const Element* grad;
-  const Element* pre;
+  const Element *grad, *y, *gates;
   Element* result;
   int64_t length;
   ActivationKind activation;
@@ -17,28 +18,32 @@ struct GateBackward {
   bool gate_first;
 };
 
-// The derivative of the activation at x.
+// The derivative of the activation where it gave y / open. 0 < open <= 1: the sign is that of y, and the sigmoid here
+// never underflows to 0. Rounding of y may take an elu below -1, its limit.
 template <class T, ActivationKind kind>
-INPAINT_INLINE Chunk<T> activation_slope(Chunk<T> x, T slope) {
+INPAINT_INLINE Chunk<T> activation_slope(Chunk<T> y, Chunk<T> open, T slope) {
   const Chunk<T> one = Chunk<T>{} + T(1);
-  if constexpr (kind == ActivationKind::relu) return x > T(0) ? one : Chunk<T>{};
-  if constexpr (kind == ActivationKind::elu) return x > T(0) ? one : expm1_nonpositive<T>(x) + one;
-  if constexpr (kind == ActivationKind::leaky_relu) return x > T(0) ? one : Chunk<T>{} + slope;
+  if constexpr (kind == ActivationKind::relu) return y > T(0) ? one : Chunk<T>{};
+  if constexpr (kind == ActivationKind::leaky_relu) return y > T(0) ? one : Chunk<T>{} + slope;
+  if constexpr (kind == ActivationKind::elu) {
+    const Chunk<T> below = y / open + one;
+    return y > T(0) ? one : (below < T(0) ? Chunk<T>{} : below);
+  }
   return one;
 }
 
 template <class T, class Element>
 INPAINT_INLINE void gate_backward_body(const GateBackward<T, Element>& job, int64_t row, int64_t begin, int64_t end) {
-  const int64_t features = (2 * row + job.gate_first) * job.length, gate = (2 * row + !job.gate_first) * job.length;
+  const int64_t from = row * job.length;
+  Element* features = job.result + (2 * row + job.gate_first) * job.length;
+  Element* gates = job.result + (2 * row + !job.gate_first) * job.length;
   with_activation(job.activation, [&](auto kind) INPAINT_INLINE_LAMBDA {
     for (int64_t i = begin; i < end; i += kChunk) {
-      const Chunk<T> grad = load_channels<T>(job.grad + row * job.length + i, end - i);
-      const Chunk<T> x = load_channels<T>(job.pre + features + i, end - i);
-      const Chunk<T> open = sigmoid<T>(load_channels<T>(job.pre + gate + i, end - i));
-      const Chunk<T> of_features = grad * open * activation_slope<T, kind.value>(x, job.slope);
-      const Chunk<T> of_gate = grad * activate<T, kind.value>(x, job.slope) * open * (T(1) - open);
-      store_channels<T>(job.result + features + i, of_features, end - i);
-      store_channels<T>(job.result + gate + i, of_gate, end - i);
+      const Chunk<T> grad = load_channels<T>(job.grad + from + i, end - i);
+      const Chunk<T> y = load_channels<T>(job.y + from + i, end - i);
+      const Chunk<T> open = sigmoid<T>(load_channels<T>(job.gates + from + i, end - i));
+      store_channels<T>(features + i, grad * open * activation_slope<T, kind.value>(y, open, job.slope), end - i);
+      store_channels<T>(gates + i, grad * y * (T(1) - open), end - i);
     }
   });
 }

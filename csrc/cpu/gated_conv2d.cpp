@@ -8,12 +8,12 @@ namespace {
 
 constexpr int64_t kGateElements = 4096;  // of a task of the gate's gradient
 
-// x [B, Cin, H, W], weight [2 C, Cin, kh, kw] and packed, bias [2 C] -> y [B, C, Ho, Wo] and, if given, the sums pre
-// [B, 2 C, Ho, Wo]; all but the weight and the bias of one layout, NCHW or channels_last.
+// x [B, Cin, H, W], weight [2 C, Cin, kh, kw] and packed, bias [2 C] -> y [B, C, Ho, Wo] and, if given, the gates
+// before the sigmoid, of its shape; all but the weight and the bias of one layout, NCHW or channels_last.
 void gated_conv2d(const Tensor& x, const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias,
                   int64_t stride_y, int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y,
                   int64_t dilation_x, bool few_outputs, int64_t upsample, bool reflect, const std::string& activation,
-                  double slope, bool gate_first, Tensor y, const std::optional<Tensor>& pre) {
+                  double slope, bool gate_first, Tensor y, const std::optional<Tensor>& gates) {
   const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, upsample, reflect};
   STD_TORCH_CHECK(weight.size(0) == 2 * y.size(1), "weight: expected two output channels for each of y");
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
@@ -23,29 +23,32 @@ void gated_conv2d(const Tensor& x, const Tensor& weight, const Tensor& packed, c
                                                   {true, gate_first, geometry.unit_stride(), few_outputs}, y);
     convolution.epilogue.activation = activation_kind(activation);
     convolution.epilogue.slope = static_cast<T>(slope);
-    if (pre) convolution.epilogue.pre = map_of<Element>(*pre, "pre");
+    if (gates) convolution.epilogue.gates = map_of<Element>(*gates, "gates");
     convolve(convolution);
   });
 }
 
-// grad [B, C, H, W], pre [B, 2 C, H, W] -> gradient of pre, all of one layout.
-void gated_conv2d_gate_backward(const Tensor& grad, const Tensor& pre, const std::string& activation, double slope,
-                                bool gate_first, Tensor grad_pre) {
+// grad, y and gates [B, C, H, W] -> gradient of the sums [B, 2 C, H, W], all of one layout.
+void gated_conv2d_gate_backward(const Tensor& grad, const Tensor& y, const Tensor& gates, const std::string& activation,
+                                double slope, bool gate_first, Tensor grad_sums) {
   dispatch_element(grad.scalar_type(), "grad", [&](auto sum, auto element) {
     using T = decltype(sum);
     using Element = decltype(element);
-    // With a single channel, grad alone would not tell its layout.
-    const auto map = map_of<const Element>(pre, "pre");
+    // With a single channel, the others alone would not tell their layout.
+    const auto map = map_of<Element>(grad_sums, "grad_sums");
     map_of<const Element>(grad, "grad");
-    map_of<Element>(grad_pre, "grad_pre");
-    STD_TORCH_CHECK(map.channels == 2 * grad.size(1) && pre.numel() == 2 * grad.numel(),
-                    "pre: expected twice the channels of grad");
+    map_of<const Element>(y, "y");
+    map_of<const Element>(gates, "gates");
+    STD_TORCH_CHECK(y.numel() == grad.numel() && gates.numel() == grad.numel(), "y, gates: expected the shape of grad");
+    STD_TORCH_CHECK(map.channels == 2 * grad.size(1) && grad_sums.numel() == 2 * grad.numel(),
+                    "grad_sums: expected twice the channels of grad");
     // Rows of neighbours in memory: the channels of a pixel, or those of a sample with their planes.
     const int64_t length = map.channels_last ? grad.size(1) : grad.size(1) * map.plane();
     const int64_t rows = length == 0 ? 0 : grad.numel() / length;
     const GateBackward<T, Element> job{elements<Element>(grad),
-                                       elements<Element>(pre),
-                                       elements<Element>(grad_pre),
+                                       elements<Element>(y),
+                                       elements<Element>(gates),
+                                       elements<Element>(grad_sums),
                                        length,
                                        activation_kind(activation),
                                        static_cast<T>(slope),

@@ -65,7 +65,7 @@ def gated_conv2d(
         y              = activation(features) * sigmoid(gate)
 
     Bias, split, activation, sigmoid and product cost no pass over memory of their own: what leaves the convolution is
-    y (and, for the gradient, the sums before activation and sigmoid).
+    y (and, for the gradient, the gates before the sigmoid: from y and them the gradient of the other half follows).
 
     Sums and what follows them are float32 (float64 for float64), rounded once. Exceptions: on CUDA products of float32
     are TF32 where torch lets cuDNN's convolutions use it, and where the convolution is cuDNN's or, with ``portable``
@@ -76,8 +76,8 @@ def gated_conv2d(
     in x reaches outputs up to 2 (short dtypes: 4) times the dilation away instead of 1.
 
     Two runs of a call give the same bits; where cuDNN takes part, if ``torch.backends.cudnn.deterministic`` is set. The
-    output of the ``cpu`` kernel does not depend on the number of threads. The convolution's gradient is torch's own,
-    and may.
+    output of the ``cpu`` kernel does not depend on the number of threads. Nor do the gradients of weight and bias in
+    float32 and float64; the other gradients of the convolution may be torch's own, and may.
 
     Args:
         x: [B, Cin, H, W] float16, bfloat16, float32 or float64, NCHW or channels_last.
@@ -235,11 +235,11 @@ _SETTINGS_SCHEMA = (
 _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
     f"gated_conv2d(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS_SCHEMA}, bool keep, str backend)"
-    " -> (Tensor output, Tensor pre)"
+    " -> (Tensor output, Tensor gates)"
 )
 _library.define(
-    f"gated_conv2d_backward(Tensor grad, Tensor pre, Tensor x, Tensor weight, Tensor? bias, {_SETTINGS_SCHEMA}, "
-    "bool[3] wanted, str backend) -> (Tensor, Tensor, Tensor)"
+    f"gated_conv2d_backward(Tensor grad, Tensor y, Tensor gates, Tensor x, Tensor weight, Tensor? bias, "
+    f"{_SETTINGS_SCHEMA}, bool[3] wanted, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -251,12 +251,12 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
     keep = settings[9]
     size = geometry_of(*settings[:6]).output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
-    return y, empty_maps(x, weight.shape[0], size) if keep else x.new_empty(0)
+    return y, torch.empty_like(y) if keep else x.new_empty(0)
 
 
 @torch.library.register_fake("inpaint_kernels::gated_conv2d_backward", lib=_library)
 def _fake_backward(
-    grad: Tensor, pre: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
+    grad: Tensor, y: Tensor, gates: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(x, weight, settings[9])
 
@@ -279,7 +279,7 @@ def _cpu(
     x = dense(x)
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
-    pre = empty_maps(x, weight.shape[0], size) if keep else None
+    gates = torch.empty_like(y) if keep else None
     packed, few_outputs = cpu_weight(x, weight, geometry, gated=True, gate_first=gate_first)
     torch.ops.inpaint_native.gated_conv2d(
         x,
@@ -296,15 +296,17 @@ def _cpu(
         *activation,
         gate_first,
         y,
-        pre,
+        gates,
     )
-    return y, x.new_empty(0) if pre is None else pre
+    return y, x.new_empty(0) if gates is None else gates
 
 
-def _cpu_gate_backward(grad: Tensor, pre: Tensor, activation: Activation, gate_first: bool) -> Tensor:
-    grad_pre = torch.empty_like(pre)
-    torch.ops.inpaint_native.gated_conv2d_gate_backward(like(grad, pre), pre, *activation, gate_first, grad_pre)
-    return grad_pre
+def _cpu_gate_backward(grad: Tensor, y: Tensor, gates: Tensor, activation: Activation, gate_first: bool) -> Tensor:
+    grad_sums = empty_maps(y, 2 * y.shape[1], (y.shape[2], y.shape[3]))
+    torch.ops.inpaint_native.gated_conv2d_gate_backward(
+        like(grad, y), dense(y), like(gates, y), *activation, gate_first, grad_sums
+    )
+    return grad_sums
 
 
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
@@ -328,8 +330,9 @@ def _reference(
     gate_first: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, pre = reference.gated_conv2d(x, weight, bias, *geometry, *activation, gate_first)
-    return like(y, x), like(pre, x) if keep else x.new_empty(0)
+    y, gates = reference.gated_conv2d(x, weight, bias, *geometry, *activation, gate_first)
+    # A copy: a view of the gates would hold the features too.
+    return like(y, x), like(gates, x).clone() if keep else x.new_empty(0)
 
 
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -371,7 +374,8 @@ def _gated_conv2d(
 @outside_autocast
 def _gated_conv2d_backward(
     grad: Tensor,
-    pre: Tensor,
+    y: Tensor,
+    gates: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -392,9 +396,9 @@ def _gated_conv2d_backward(
     if backend == "reference":
         settings = (*geometry, *act, gate_first)
         return gradients(reference.gated_conv2d_backward(grad, x, weight, bias, *settings), x, weight, wanted)
-    grad_pre = _GATE_BACKWARD[backend](grad, pre, act, gate_first)
+    grad_sums = _GATE_BACKWARD[backend](grad, y, gates, act, gate_first)
     of_sums = cpu_convolution_backward if backend == "cpu" else convolution_backward
-    return gradients(of_sums(grad_pre, x, weight, geometry, wanted), x, weight, wanted)
+    return gradients(of_sums(grad_sums, x, weight, geometry, wanted), x, weight, wanted)
 
 
 # 6. Autograd ----------------------------------------------------------------------------------------------------------
@@ -404,7 +408,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, bias, *settings = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], x, weight, bias)
+    ctx.save_for_backward(*output, x, weight, bias)
     ctx.settings, ctx.keep, ctx.backend = settings[:-2], settings[-2], settings[-1]
 
 
@@ -422,7 +426,7 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...
 
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, _, x, weight, bias, *settings, wanted, _ = inputs
+    grad, _, _, x, weight, bias, *settings, wanted, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad, x, weight, bias)
     ctx.settings, ctx.wanted = settings, wanted
@@ -434,7 +438,7 @@ def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
 
     grad, x, weight, bias = ctx.saved_tensors
     of_grad, *others = second_gradients(forward, grad, x, weight, bias, ctx.wanted, cotangents)
-    return (of_grad, None, *others, *(None,) * (len(ctx.settings) + 2))
+    return (of_grad, None, None, *others, *(None,) * (len(ctx.settings) + 2))
 
 
 torch.library.register_autograd(

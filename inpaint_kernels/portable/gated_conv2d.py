@@ -37,46 +37,48 @@ def gated_conv2d(
         geometry: which pixels each tap reads.
         activation: of the features.
         gate_first: whether the first C channels are the gate's, not the features'.
-        keep: also return the convolution's result, which the gradient needs.
+        keep: also return the gates, which the gradient needs.
 
     Returns:
-        [B, C, Ho, Wo], and the convolution's [B, 2C, Ho, Wo], bias included, or an empty tensor. Both have the dtype
-        and the layout of ``x``.
+        [B, C, Ho, Wo], and the gates before the sigmoid of the same shape, or an empty tensor. Both have the dtype and
+        the layout of ``x``.
     """
     kernel = (weight.shape[2], weight.shape[3])
     size = geometry.output_of(x, weight)
     y = empty_maps(x, weight.shape[0] // 2, size)
-    pre = empty_maps(x, weight.shape[0], size) if keep else x.new_empty(0)
+    gates = torch.empty_like(y) if keep else x.new_empty(0)
     dtype = convolution_dtype(x)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     for band in bands(x.shape[0], weight.shape[0], size):
         part, part_geometry = input_of(x, band, geometry, kernel)
         sums = convolve(part.to(dtype), weight, bias, part_geometry)
-        if keep:
-            band.of(pre).copy_(sums)
         features, gate = (_own(half, sum_dtype(x)) for half in _features_and_gate(sums, gate_first))
+        if keep:
+            band.of(gates).copy_(gate)
         torch.mul(activate_(features, activation), gate.sigmoid_(), out=band.of(y))
-    return y, pre
+    return y, gates
 
 
-def gated_conv2d_gate_backward(grad: Tensor, pre: Tensor, activation: Activation, gate_first: bool) -> Tensor:
-    """The gradient of the convolution's result: grad [B, C, Ho, Wo], pre [B, 2C, Ho, Wo] -> [B, 2C, Ho, Wo].
+def gated_conv2d_gate_backward(
+    grad: Tensor, y: Tensor, gates: Tensor, activation: Activation, gate_first: bool
+) -> Tensor:
+    """The gradient of the convolution's result: grad, y and gates [B, C, Ho, Wo] -> [B, 2C, Ho, Wo].
 
-    In the dtype and the layout of ``pre``. Activation and sigmoid are computed once more, not stored.
+    In the dtype and the layout of ``y``. The sigmoid is computed once more; what the activation gave is y over it.
     """
-    batch, channels, height, width = pre.shape
-    grad_pre = torch.empty_like(pre)
-    dtype = sum_dtype(pre)
-    for band in bands(batch, channels, (height, width)):
-        upstream = _own(band.of(grad), dtype)
-        features, gate = (_own(half, dtype) for half in _features_and_gate(band.of(pre), gate_first))
-        grad_features, grad_gate = _features_and_gate(band.of(grad_pre), gate_first)
-        opened = gate.sigmoid()
-        grad_features.copy_(activation_backward(upstream * opened, features, activation, x_is_result=False))
-        activated = activate_(features.clone(), activation)
-        slope = torch.ops.aten.sigmoid_backward(upstream, opened)
-        torch.mul(slope, activated, out=grad_gate)
-    return grad_pre
+    batch, channels, height, width = y.shape
+    grad_sums = empty_maps(y, 2 * channels, (height, width))
+    dtype = sum_dtype(y)
+    least = torch.finfo(dtype).tiny
+    for band in bands(batch, 2 * channels, (height, width)):
+        upstream, result = _own(band.of(grad), dtype), _own(band.of(y), dtype)
+        grad_features, grad_gate = _features_and_gate(band.of(grad_sums), gate_first)
+        opened = _own(band.of(gates), dtype).sigmoid()
+        # A sigmoid that underflows is 0 as y is, and so are the gradients. Rounding of y may take an elu below -1.
+        activated = result.div(opened.clamp_min(least)).clamp_min_(-1)
+        grad_features.copy_(activation_backward(upstream * opened, activated, activation, x_is_result=True))
+        torch.mul(upstream * result, 1 - opened, out=grad_gate)
+    return grad_sums
 
 
 def _features_and_gate(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from torch import Tensor
 from inpaint_kernels.reference._convolution import activate, convolution, gradients
 
 
-def gate(pre: Tensor, activation: str, slope: float, gate_first: bool) -> Tensor:
-    """phi(features) * sigmoid(gating), halves of the channels: [B, 2C, Ho, Wo] -> [B, C, Ho, Wo]."""
-    features, gating = pre.chunk(2, 1)
+def gate(sums: Tensor, activation: str, slope: float, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """phi(features) * sigmoid(gating), halves of the channels [B, 2C, Ho, Wo]; and gating. Each [B, C, Ho, Wo]."""
+    features, gating = sums.chunk(2, 1)
     if gate_first:
         features, gating = gating, features
-    return activate(features, activation, slope) * torch.sigmoid(gating)
+    return activate(features, activation, slope) * torch.sigmoid(gating), gating
 
 
 def gated_conv2d(
@@ -49,10 +49,10 @@ def gated_conv2d(
         gate_first: the first half is the gate, the second the features.
 
     Returns:
-        The output [B, C, Ho, Wo] and what came out of the convolution [B, 2C, Ho, Wo].
+        The output and the gates before the sigmoid, each [B, C, Ho, Wo].
     """
-    pre = convolution(x, weight, bias, stride, pad, dilation, groups, upsample, reflect)
-    return gate(pre, activation, slope, gate_first), pre
+    sums = convolution(x, weight, bias, stride, pad, dilation, groups, upsample, reflect)
+    return gate(sums, activation, slope, gate_first)
 
 
 def gated_conv2d_backward(

@@ -33,15 +33,17 @@ def activate(x: tl.tensor, slope: tl.tensor, ACTIVATION: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _activation_derivative(x: tl.tensor, slope: tl.tensor, ACTIVATION: tl.constexpr) -> Any:
-    """The derivative at float32 values, torch's one-sided choice at 0."""
+def _activation_derivative(y: tl.tensor, opening: tl.tensor, slope: tl.tensor, ACTIVATION: tl.constexpr) -> Any:
+    """The derivative where the activation gave y / opening, torch's one-sided choice at 0."""
     if ACTIVATION == "elu":
-        return tl.exp(tl.where(x > 0.0, 0.0, x))
+        # A sigmoid that underflows is 0 as y is. Rounding of y may take the quotient below -1, its limit; a NaN stays.
+        below = y / tl.where(opening > 0.0, opening, 1.0) + 1.0
+        return tl.where(y > 0.0, 1.0, tl.where(below < 0.0, 0.0, below))
     if ACTIVATION == "relu":
-        return tl.where(x <= 0.0, 0.0, 1.0)
+        return tl.where(y <= 0.0, 0.0, 1.0)
     if ACTIVATION == "leaky_relu":
-        return tl.where(x > 0.0, 1.0, slope)
-    return tl.full(x.shape, 1.0, tl.float32)
+        return tl.where(y > 0.0, 1.0, slope)
+    return tl.full(y.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -81,6 +83,7 @@ def gated_conv2d_epilogue_kernel(
     raw: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    gates: tl.tensor,
     outputs: tl.tensor,
     pixels: tl.tensor,
     slope: tl.tensor,
@@ -88,11 +91,10 @@ def gated_conv2d_epilogue_kernel(
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr,
-    KEEP: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Writes act(features) * sigmoid(gates) of ``raw`` + bias to y; with KEEP the sums replace ``raw``."""
+    """Writes act(features) * sigmoid(gates) of ``raw`` + bias to y and, if they are kept, the gates."""
     index, inside = _elements(outputs, CHANNELS, WIDE, BLOCK)
     feature_at = raw + _half(index, pixels, 1 if GATE_FIRST else 0, CHANNELS, CHANNELS_LAST)
     gate_at = raw + _half(index, pixels, 0 if GATE_FIRST else 1, CHANNELS, CHANNELS_LAST)
@@ -102,17 +104,17 @@ def gated_conv2d_epilogue_kernel(
         channel = _channel(index, pixels, CHANNELS, CHANNELS_LAST)
         feature += tl.load(bias + channel + (CHANNELS if GATE_FIRST else 0), mask=inside, other=0.0).to(tl.float32)
         gate += tl.load(bias + channel + (0 if GATE_FIRST else CHANNELS), mask=inside, other=0.0).to(tl.float32)
-        if KEEP:
-            tl.store(feature_at, feature, mask=inside)
-            tl.store(gate_at, gate, mask=inside)
+    if gates is not None:
+        tl.store(gates + index, gate, mask=inside)
     tl.store(y + index, activate(feature, slope, ACTIVATION) * tl.sigmoid(gate), mask=inside)
 
 
 @triton.jit
 def gated_conv2d_gate_backward_kernel(
     grad_y: tl.tensor,
-    pre: tl.tensor,
-    grad_pre: tl.tensor,
+    y: tl.tensor,
+    gates: tl.tensor,
+    grad_sums: tl.tensor,
     outputs: tl.tensor,
     pixels: tl.tensor,
     slope: tl.tensor,
@@ -127,11 +129,12 @@ def gated_conv2d_gate_backward_kernel(
     index, inside = _elements(outputs, CHANNELS, WIDE, BLOCK)
     feature_at = _half(index, pixels, 1 if GATE_FIRST else 0, CHANNELS, CHANNELS_LAST)
     gate_at = _half(index, pixels, 0 if GATE_FIRST else 1, CHANNELS, CHANNELS_LAST)
-    feature = tl.load(pre + feature_at, mask=inside, other=0.0).to(tl.float32)
-    opening = tl.sigmoid(tl.load(pre + gate_at, mask=inside, other=0.0).to(tl.float32))
-    passed = tl.load(grad_y + index, mask=inside, other=0.0).to(tl.float32) * opening
-    tl.store(grad_pre + feature_at, passed * _activation_derivative(feature, slope, ACTIVATION), mask=inside)
-    tl.store(grad_pre + gate_at, passed * activate(feature, slope, ACTIVATION) * (1.0 - opening), mask=inside)
+    result = tl.load(y + index, mask=inside, other=0.0).to(tl.float32)
+    opening = tl.sigmoid(tl.load(gates + index, mask=inside, other=0.0).to(tl.float32))
+    upstream = tl.load(grad_y + index, mask=inside, other=0.0).to(tl.float32)
+    derivative = _activation_derivative(result, opening, slope, ACTIVATION)
+    tl.store(grad_sums + feature_at, upstream * opening * derivative, mask=inside)
+    tl.store(grad_sums + gate_at, upstream * result * (1.0 - opening), mask=inside)
 
 
 @triton.jit
@@ -195,21 +198,33 @@ def partial_conv2d_epilogue_kernel(
 
 
 def gate(
-    raw: Tensor, bias: Tensor | None, activation: Activation, gate_first: bool, keep: bool, y: Tensor, layout: Layout
+    raw: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    gate_first: bool,
+    y: Tensor,
+    gates: Tensor | None,
+    layout: Layout,
 ) -> Launch:
-    """Y from the bare convolution's output [B, 2C, H, W], which becomes ``pre`` if it is kept."""
-    constants = {"ACTIVATION": activation.name, "GATE_FIRST": gate_first, "KEEP": keep}
-    tensors = {"raw": raw, "bias": bias, "y": y}
+    """Y, and the gates if there is a place for them, from the bare convolution's output [B, 2C, H, W]."""
+    constants = {"ACTIVATION": activation.name, "GATE_FIRST": gate_first}
+    tensors = {"raw": raw, "bias": bias, "y": y, "gates": gates}
     return _launch(gated_conv2d_epilogue_kernel, tensors, y, raw, layout, constants, activation)
 
 
 def gate_backward(
-    grad_y: Tensor, pre: Tensor, activation: Activation, gate_first: bool, grad_pre: Tensor, layout: Layout
+    grad_y: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    activation: Activation,
+    gate_first: bool,
+    grad_sums: Tensor,
+    layout: Layout,
 ) -> Launch:
-    """``grad_pre`` from ``grad_y`` and ``pre``."""
+    """``grad_sums`` [B, 2C, H, W] from the gradient of y, y and the gates."""
     constants = {"ACTIVATION": activation.name, "GATE_FIRST": gate_first}
-    tensors = {"grad_y": grad_y, "pre": pre, "grad_pre": grad_pre}
-    return _launch(gated_conv2d_gate_backward_kernel, tensors, grad_y, pre, layout, constants, activation)
+    tensors = {"grad_y": grad_y, "y": y, "gates": gates, "grad_sums": grad_sums}
+    return _launch(gated_conv2d_gate_backward_kernel, tensors, y, grad_sums, layout, constants, activation)
 
 
 def activation_in_place(

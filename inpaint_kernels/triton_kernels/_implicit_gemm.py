@@ -43,7 +43,7 @@ def _store_gated(
     sums: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
-    pre: tl.tensor,
+    gates: tl.tensor,
     column: tl.tensor,
     row: tl.tensor,
     image: tl.tensor,
@@ -69,21 +69,14 @@ def _store_gated(
         feature += tl.load(bias + FEATURES + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias + GATES + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     stored = is_output[:, None] & is_channel[None, :]
-    if pre is not None:
-        if Y_CHANNELS_LAST:
-            at = (row * COLUMNS)[:, None] + channel[None, :]
-            tl.store(pre + at + FEATURES, feature, mask=stored)
-            tl.store(pre + at + GATES, gate, mask=stored)
-        else:
-            at = (image * COLUMNS * pixels + pixel)[:, None]
-            tl.store(pre + (at + (channel + FEATURES)[None, :] * pixels), feature, mask=stored)
-            tl.store(pre + (at + (channel + GATES)[None, :] * pixels), gate, mask=stored)
     value = activate(feature, slope, ACTIVATION) * tl.sigmoid(gate)
     if Y_CHANNELS_LAST:
         at = (row * CHANNELS)[:, None] + channel[None, :]
     else:
         at = (image * CHANNELS * pixels + pixel)[:, None] + channel[None, :] * pixels
     tl.store(y + at, value, mask=stored)
+    if gates is not None:
+        tl.store(gates + at, gate, mask=stored)
 
 
 @triton.jit
@@ -152,7 +145,7 @@ def convolution_kernel(
     scale: tl.tensor,
     shift: tl.tensor,
     y: tl.tensor,
-    pre: tl.tensor,
+    gates: tl.tensor,
     outputs: tl.tensor,
     out_pixels: tl.tensor,
     out_width: tl.tensor,
@@ -267,7 +260,7 @@ def convolution_kernel(
                 sums,
                 bias,
                 y,
-                pre,
+                gates,
                 column + tile * BLOCK_N,
                 row,
                 image,
@@ -312,12 +305,12 @@ class Epilogue(NamedTuple):
     """What follows the sums, which of it is there: see the fields that each kind reads.
 
     Attributes:
-        kind: "plain" (y = act(sums + bias) + residual), "gated" (y = act(features) * sigmoid(gates), and the sums with
-            bias into ``pre``) or "partial" (y = sums * scale + bias * shift).
+        kind: "plain" (y = act(sums + bias) + residual), "gated" (y = act(features) * sigmoid(gates), and the
+            gates before the sigmoid into ``gates``) or "partial" (y = sums * scale + bias * shift).
         bias: one number for each column.
         activation: of plain and gated.
         gate_first: the gates are the first half of the columns.
-        pre: [B, columns, Ho, Wo] of y's layout, or None.
+        gates: of y's shape and layout, or None.
         residual: of y's shape and layout, or None.
         scale, shift: contiguous float32 maps [B|1, 1, Ho, Wo].
     """
@@ -326,7 +319,7 @@ class Epilogue(NamedTuple):
     bias: Tensor | None = None
     activation: Activation = Activation("none")
     gate_first: bool = False
-    pre: Tensor | None = None
+    gates: Tensor | None = None
     residual: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -410,7 +403,7 @@ def convolution(
         "scale": epilogue.scale,
         "shift": epilogue.shift,
         "y": y,
-        "pre": epilogue.pre,
+        "gates": epilogue.gates,
         "outputs": layer.outputs,
         "out_pixels": y.shape[2] * y.shape[3],
         "out_width": y.shape[3],
@@ -440,7 +433,7 @@ def convolution(
         "ONE_MASK": maps is not None and maps.shape[0] == 1,
         "Y_CHANNELS_LAST": layout is Layout.CHANNELS_LAST,
         "INPUT_PRECISION": "tf32" if layer.precision == "tf32" else "ieee",
-        "WIDE": needs_int64(x, y, epilogue.pre, mask),
+        "WIDE": needs_int64(x, y, mask),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "TILES": config.tiles,

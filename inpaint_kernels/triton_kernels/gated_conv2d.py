@@ -5,6 +5,7 @@ Triton itself is imported by the first call.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from inpaint_kernels.portable._convolution import Activation, Geometry
@@ -25,7 +26,7 @@ def gated_conv2d(
     gate_first: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` [B, C, Ho, Wo] and, to keep for the backward, what the activation and the sigmoid saw, [B, 2C, Ho, Wo].
+    """``y`` [B, C, Ho, Wo] and, to keep for the backward, the gates before the sigmoid, of the same shape.
 
     Both are in channels_last if x is, else in NCHW; without ``keep`` the second is empty. The implicit GEMM reads
     channels_last: it copies an x in NCHW, or whose pixels are not whole 8 bytes. Sums are float32. Behind cuDNN the
@@ -50,11 +51,11 @@ def gate_in_gemm(
 
     layout, size = Layout.like(x), geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0] // 2, size)
-    pre = layout.empty(x, weight.shape[0], size) if keep else x.new_empty(0)
+    gates = torch.empty_like(y) if keep else None
     if y.numel() > 0:
-        epilogue = gemm.Epilogue("gated", bias, activation, gate_first, pre if keep else None)
+        epilogue = gemm.Epilogue("gated", bias, activation, gate_first, gates)
         gemm.run_convolution(x, weight, geometry, epilogue, y, layout)
-    return y, pre
+    return y, x.new_empty(0) if gates is None else gates
 
 
 def gate_behind_cudnn(
@@ -71,19 +72,22 @@ def gate_behind_cudnn(
 
     layout, size = Layout.like(x), geometry.output_of(x, weight)
     y = layout.empty(x, weight.shape[0] // 2, size)
+    gates = torch.empty_like(y) if keep else None
     raw = bare_convolution(x, weight, geometry, layout)
     if y.numel() > 0:
-        epilogues.gate(raw, bias, activation, gate_first, keep, y, layout).run()
-    return y, raw if keep else x.new_empty(0)
+        epilogues.gate(raw, bias, activation, gate_first, y, gates, layout).run()
+    return y, x.new_empty(0) if gates is None else gates
 
 
-def gated_conv2d_gate_backward(grad_y: Tensor, pre: Tensor, activation: Activation, gate_first: bool) -> Tensor:
-    """The gradient of ``pre`` [B, 2C, Ho, Wo], in its layout; the sigmoid is computed again."""
+def gated_conv2d_gate_backward(
+    grad_y: Tensor, y: Tensor, gates: Tensor, activation: Activation, gate_first: bool
+) -> Tensor:
+    """The gradient of the sums [B, 2C, Ho, Wo], in the layout of y; the sigmoid is computed again."""
     from inpaint_kernels.triton_kernels import _epilogues as epilogues
 
-    layout = Layout.like(pre)
-    grad_y, pre = layout.of(grad_y), layout.of(pre)
-    grad_pre = layout.empty(pre, pre.shape[1], (pre.shape[2], pre.shape[3]))
-    if pre.numel() > 0:
-        epilogues.gate_backward(grad_y, pre, activation, gate_first, grad_pre, layout).run()
-    return grad_pre
+    layout = Layout.like(y)
+    grad_y, y, gates = (layout.of(t) for t in (grad_y, y, gates))
+    grad_sums = layout.empty(y, 2 * y.shape[1], (y.shape[2], y.shape[3]))
+    if y.numel() > 0:
+        epilogues.gate_backward(grad_y, y, gates, activation, gate_first, grad_sums, layout).run()
+    return grad_sums
