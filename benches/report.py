@@ -29,6 +29,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
 ACCELERATE_BEGIN, ACCELERATE_END = "<!-- accelerate: begin -->", "<!-- accelerate: end -->"
+MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
 NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 EAGER, COMPILED = "eager", "torch.compile"
@@ -38,6 +39,7 @@ YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
 ACCELERATE, PUBLISHED = "accelerate", "published"
+MODELS, HOLE_ONLY = "models", "ours, hole only"
 HOG, SKIMAGE, OPENCV, COPY = "hog", "scikit-image", "OpenCV 4", "copy of the bytes"
 # Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
 # measured. A tf32 or bf16 product runs on the matrix units.
@@ -530,6 +532,42 @@ def _layout_ratio(entry: Entry | None, ours: Contender) -> str:
     return f"{statistics.median(theirs / own for theirs, own in pairs):.2f}x"
 
 
+def model_summary(races: Races) -> str:
+    """The README's table of our models beside the public networks with the same weights; empty without a race."""
+    models = {case: c for case, c in races.items() if _facts(c)["op"] == MODELS and OURS in c}
+    if not models:
+        return ""
+    header = (
+        "model, photo, hole",
+        "public network",
+        "the same in channels_last",
+        "ours",
+        "speed-up over them",
+        "ours, hole only",
+        "extra memory: public, ours, hole only",
+    )
+    chosen = sorted(models.values(), key=lambda c: (_facts(c)["model"], _facts(c)["batch"], _facts(c)["height"]))
+    note = "Float32, random weights, the hole a square in the middle."
+    return f"{_table(header, map(_model_row, chosen))}\n\n{provenance_line(models)} {note}"
+
+
+def _model_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    facts, ours, published = _facts(contenders), contenders[OURS], contenders[PUBLISHED]
+    layouts = {entry.provider == PUBLISHED: entry for entry in published.entries}
+    plain, last = layouts.get(True), layouts.get(False)
+    hole = contenders.get(HOLE_ONLY)
+    batch = f"{facts['batch']} x " if facts["batch"] > 1 else ""
+    memory = [(plain or published.entries[0]).peak_mib, ours.peak_mib, *([hole.peak_mib] if hole else [])]
+    return (
+        f"`{facts['model']}`, {batch}{facts['height']}x{facts['width']}, {facts['hole']}x{facts['hole']}",
+        *("-" if entry is None else _seconds(entry.wall_median) for entry in (plain, last)),
+        f"**{_seconds(ours.wall)}**",
+        " / ".join(_layout_ratio(entry, ours) for entry in (plain, last)),
+        f"**{_seconds(hole.wall)}**" if hole else "-",
+        ", ".join(map(_mebibytes, memory)),
+    )
+
+
 # GPU -----------------------------------------------------------------------------------------------------------------
 
 
@@ -758,6 +796,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             document = update_between_markers(document, hog_summary(races), HOG_BEGIN, HOG_END)
         if ACCELERATE_BEGIN in document:
             document = update_between_markers(document, acceleration_summary(races), ACCELERATE_BEGIN, ACCELERATE_END)
+        if MODELS_BEGIN in document:
+            document = update_between_markers(document, model_summary(races), MODELS_BEGIN, MODELS_END)
         if GPU_BEGIN in document:
             document = update_between_markers(document, gpu_summary(), GPU_BEGIN, GPU_END)
         options.update.write_text(document, encoding="utf-8")

@@ -94,6 +94,12 @@ def test_readme_acceleration_table_is_that_of_the_committed_results():
     assert between == table, "write it with: python benches/report.py --update README.md"
 
 
+def test_readme_model_table_is_that_of_the_committed_results():
+    table = report.model_summary(report.load(sorted(report.RESULTS.glob("*.json"))))
+    between = README.split(report.MODELS_BEGIN)[1].split(report.MODELS_END)[0].strip()
+    assert between == table, "write it with: python benches/report.py --update README.md"
+
+
 def test_readme_gpu_tables_are_those_of_the_evidence():
     between = README.split(report.GPU_BEGIN)[1].split(report.GPU_END)[0].strip()
     assert between == report.gpu_summary(), "write them with: python benches/report.py --update README.md"
