@@ -312,7 +312,7 @@ def some_gradient(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     upsample, reflect = choose.choice([1, 1, 2]), choose.random() < 0.3
     size = choose.choice([5, 8, 13, 30]), choose.choice([5, 9, 16, 33, 150])
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-    pad: list[int] = []
+    pad: Any = []
     for axis in (0, 1):
         enough = max(0, reach[axis] - size[axis] * upsample)  # not every tap is inside for a single output
         before = choose.choice([0, reach[axis] // 2, reach[axis] // 3])
@@ -326,13 +326,22 @@ def some_gradient(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return layouts[0](grad.to(dtype)), layouts[1](x.to(dtype)), weight.to(dtype), geometry
 
 
+def weight_gradient_in_float64(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, x, weight = (t.double().contiguous() for t in (grad, x, weight))
+    _, of_weight, of_bias = convolution_backward(grad, x, weight, geometry, [False, True, True])
+    assert of_weight is not None
+    assert of_bias is not None
+    return of_weight, of_bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_any_gradient_of_a_weight_equals_that_in_float64(dtype):
     for seed in range(2 * SETTINGS):
         grad, x, weight, geometry = some_gradient(seed, dtype)
         got = _convolution._cpu_weight_gradient(grad, x, weight, geometry)
-        double = (t.double().contiguous() for t in (grad, x, weight))
-        _, *expected = convolution_backward(*double, geometry, [False, True, True])
+        expected = weight_gradient_in_float64(grad, x, weight, geometry)
         # What rounding costs is in proportion to the terms, of which a sum may cancel most.
         terms = max(grad.double().abs().sum((0, 2, 3)).norm().item(), 1e-30)
         assert got[0].dtype == got[1].dtype == dtype
@@ -359,14 +368,14 @@ def test_gradient_of_a_weight_over_many_pixels_rounds_no_more_than_a_short_sum()
     """Sums of sums: one long sum in float32 loses ten times as much."""
     x, grad = torch.randn(1, 16, 256, 256), torch.randn(1, 16, 256, 256)
     weight, geometry = torch.randn(16, 16, 3, 3), Geometry((1, 1), (1, 1, 1, 1), (1, 1))
-    _, *expected = convolution_backward(grad.double(), x.double(), weight.double(), geometry, [False, True, True])
+    expected = weight_gradient_in_float64(grad, x, weight, geometry)
     for ours, theirs in zip(_convolution._cpu_weight_gradient(grad, x, weight, geometry), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-6
 
 
 def test_gradient_of_the_weight_is_not_torchs(monkeypatch):
     """Nor does the op copy its maps: only the gradient of x may still be torch's."""
-    arguments = {"x": torch.randn(1, 4, 6, 7), "weight": torch.randn(8, 4, 3, 3).requires_grad_()}
+    arguments: Arguments = {"x": torch.randn(1, 4, 6, 7), "weight": torch.randn(8, 4, 3, 3).requires_grad_()}
     wanted: list[list[bool]] = []
 
     def record(*args: Any) -> tuple[None, None, None]:
@@ -377,3 +386,11 @@ def test_gradient_of_the_weight_is_not_torchs(monkeypatch):
     for op in (gated_conv2d, dilated_conv2d):
         op(**arguments, padding=1, backend="cpu").sum().backward()
     assert wanted == []
+
+
+def test_gradient_of_a_weight_of_another_dtype_is_an_error():
+    """Its memory is too small for what would be written."""
+    x, grad = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 4, 4)
+    short = torch.empty(3, 2, 1, 1, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="expected the dtype of x"):
+        torch.ops.inpaint_native.convolution_weight_gradient(grad, x, 1, 1, 0, 0, 1, 1, 1, False, short, None)

@@ -300,10 +300,10 @@ def test_gate_backward(activation, gate_first, dtype, layout, poisoned_memory):
     leaf = sums.cpu().double().requires_grad_()
     features, gates = reversed(leaf.chunk(2, 1)) if gate_first else leaf.chunk(2, 1)
     y = act(features, activation) * gates.sigmoid()
-    kept = [t.detach().to(DEVICE, dtype).contiguous(memory_format=layout) for t in (y, gates)]
+    kept_y, kept_gates = (t.detach().to(DEVICE, dtype).contiguous(memory_format=layout) for t in (y, gates))
     for grad in (grad_y, grad_y.contiguous(memory_format=CHANNELS_LAST), grad_y[:1, :1, :1, :1].expand(2, 6, 9, 16)):
         (expected,) = torch.autograd.grad(y, leaf, grad.cpu().double(), retain_graph=True)
-        grad_sums = gated_conv2d.gated_conv2d_gate_backward(grad, *kept, activation, gate_first)
+        grad_sums = gated_conv2d.gated_conv2d_gate_backward(grad, kept_y, kept_gates, activation, gate_first)
         assert_close(grad_sums, expected)
         assert grad_sums.is_contiguous(memory_format=layout)
 

@@ -384,6 +384,10 @@ void convolution_weight_gradient(const Tensor& grad, const Tensor& x, int64_t st
   check_dense(grad_weight, "grad_weight", 4);
   STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == grad_weight.size(0) && x.size(1) == grad_weight.size(1),
                   "grad_weight: the sizes do not fit grad and x");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(grad.scalar_type() == type && grad_weight.scalar_type() == type &&
+                      (!grad_bias || grad_bias->scalar_type() == type),
+                  "grad, grad_weight, grad_bias: expected the dtype of x");
   STD_TORCH_CHECK(grad.numel() > 0 && x.numel() > 0, "grad, x: expected elements");
   STD_TORCH_CHECK(!grad_bias || grad_bias->numel() == grad.size(1), "grad_bias: expected ", grad.size(1), " elements");
   dispatch_float_double(x.scalar_type(), "x", [&](auto zero) {

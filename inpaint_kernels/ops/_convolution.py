@@ -404,8 +404,8 @@ def cpu_convolution_backward(
 def _cpu_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias; both, since the second is a by-product."""
     if grad.numel() == 0 or x.numel() == 0:
-        return weight.new_zeros(weight.shape), weight.new_zeros(weight.shape[0])
-    grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+        return x.new_zeros(weight.shape), x.new_zeros(weight.shape[0])
+    grad_weight, grad_bias = x.new_empty(weight.shape), x.new_empty(weight.shape[0])
     torch.ops.inpaint_native.convolution_weight_gradient(
         dense(grad),
         dense(x),

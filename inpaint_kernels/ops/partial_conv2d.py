@@ -359,7 +359,7 @@ def _partial_conv2d_backward(
     known = portable.masked(x.to(dtype), mask, spread)
     of_sums = [wanted[0], wanted[1], False]
     backward = cpu_convolution_backward if backend == "cpu" else convolution_backward
-    grad_x, grad_weight, _ = backward(grad * scale, known, weight, geometry, of_sums)
+    grad_x, grad_weight, _ = backward(grad * scale, known, weight.to(dtype), geometry, of_sums)
     if grad_x is not None:
         grad_x = portable.masked(grad_x, mask, spread).to(x.dtype)
     if grad_weight is not None:
