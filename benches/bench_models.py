@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK)
 
-SYSTEMS = ("deepfill_v1-daa233", "deepfill_v2-nipponjo", "glcic-otenim", "glcic-mmagic", "partial_conv_unet-naoto")
+SYSTEMS = (
+    "deepfill_v1-daa233",
+    "deepfill_v2-nipponjo",
+    "glcic-otenim",
+    "glcic-mmagic",
+    "partial_conv_unet-naoto",
+    "edge_connect-knazeri",
+)
 SQUARES = ((256, 1, 64), (512, 1, 128), (256, 8, 64))
 GLCIC_PHOTOS = ((660, 1084), (540, 960))
 """Those of a published demonstration, 1083 x 658 and 960 x 540, in multiples of 4; a hole of 200 x 200 in each."""

@@ -109,16 +109,16 @@ def _runner(case: ModelCase, name: str) -> Callable[[], Outputs]:
     image, mask = _photos(case)
     if name in (OURS, HOLE):
         model = pair.load_ours(network)
-        return functools.partial(_fill, model, image, mask, "hole" if name == HOLE else "image")
+        return functools.partial(_fill, pair, model, image, mask, "hole" if name == HOLE else "image")
     if name == PUBLISHED_LAST:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         image, mask = (x.contiguous(memory_format=torch.channels_last) for x in (image, mask))
     return functools.partial(_fill_published, pair, network, image, mask)
 
 
-def _fill(model: Any, image: Tensor, mask: Tensor, region: str) -> Outputs:
+def _fill(pair: PublishedModel, model: Any, image: Tensor, mask: Tensor, region: str) -> Outputs:
     with torch.no_grad():
-        return (model(image, mask, region=region).completed,)
+        return (model(image, mask, region=region, **pair.guidance(image, mask)).completed,)
 
 
 def _fill_published(pair: PublishedModel, network: Any, image: Tensor, mask: Tensor) -> Outputs:

@@ -14,6 +14,7 @@ from inpaint_kernels.models import key_maps
 from inpaint_kernels.models._interface import InpaintingModel
 from inpaint_kernels.models.deepfill_v1 import DeepFillV1
 from inpaint_kernels.models.deepfill_v2 import DeepFillV2
+from inpaint_kernels.models.edge_connect import EdgeConnect, canny, fold_spectral_norm, to_gray
 from inpaint_kernels.models.glcic import GLCIC, PLACES2_MEAN
 from inpaint_kernels.models.partial_conv_unet import PartialConvUNet
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class PublishedModel:
         picture: one of its outputs -> RGB in [0, 1].
         coarse: whether its first output is what a first stage paints.
         adapt: what the checkpoint's own settings change in the network as it is built.
+        guidance: (image, mask) -> what else our model is given, and the network before its arguments are made.
+        second_name: of the network of a second stage, where the two are published apart.
     """
 
     name: str
@@ -46,23 +49,28 @@ class PublishedModel:
     picture: Callable[[Tensor], Tensor]
     coarse: bool
     adapt: Callable[[nn.Module], None] = lambda network: None
+    guidance: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda image, mask: {}
+    second_name: str | None = None
 
     @property
     def peer(self) -> PeerModel:
-        return next(peer for peer in PEER_MODELS if peer.name == self.peer_name)
+        return _peer(self.peer_name)
 
     def load_published(self, folder: Path) -> nn.Module:
         """The public network in evaluation mode."""
         network = self.peer.load(folder)
+        if self.second_name is not None:
+            network = _Guided(network, _peer(self.second_name).load(folder))
         self.adapt(network)
         network.eval()  # naoto0804's returns nothing
         return network
 
     def load_ours(self, network: nn.Module) -> InpaintingModel:
-        """Our model with the weights of the public one, in its dtype."""
+        """Our model with the weights of the public one, in its dtype; spectral norms folded."""
         state = network.state_dict()
         model = self.build().to(next(v.dtype for v in state.values() if v.is_floating_point()))
         model.load_state_dict(self.convert(state))
+        fold_spectral_norm(model)
         return model.eval()
 
     def run_published(self, network: nn.Module, image: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -70,6 +78,28 @@ class PublishedModel:
         with torch.no_grad(), self.peer.running(torch.zeros(())):
             outputs = tensors_in(network(*self.arguments(image, mask)))
         return tuple(self.picture(output) for output in outputs[: 1 + self.coarse])
+
+
+def _peer(name: str) -> PeerModel:
+    return next(peer for peer in PEER_MODELS if peer.name == name)
+
+
+class _Guided(nn.Module):
+    """EdgeConnect's two generators, called as its models' forwards do in its test."""
+
+    def __init__(self, edge_generator: nn.Module, inpaint_generator: nn.Module) -> None:
+        super().__init__()
+        self.edge_generator, self.inpaint_generator = edge_generator, inpaint_generator
+
+    def forward(self, image: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
+        gray = to_gray(image)
+        predicted = self.edge_generator(torch.cat([gray * (1 - mask) + mask, edges * (1 - mask), mask], 1))
+        painted: Tensor = self.inpaint_generator(torch.cat([image * (1 - mask) + mask, predicted], 1))
+        return painted
+
+
+def _canny_edges(image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {"canny_edges": canny(image, mask > 0)}
 
 
 def _signed(image: Tensor, mask: Tensor) -> Tensor:
@@ -224,5 +254,16 @@ PUBLISHED_MODELS = (
         _known(lambda image: image * 2 - 1),
         _unsigned,
         coarse=False,
+    ),
+    PublishedModel(
+        "edge_connect-knazeri",
+        "knazeri_edge",
+        EdgeConnect,
+        dict,
+        lambda image, mask: (image, _canny_edges(image, mask)["canny_edges"], mask),
+        lambda output: output,
+        coarse=False,
+        guidance=_canny_edges,
+        second_name="knazeri_inpaint",
     ),
 )

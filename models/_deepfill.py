@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
 from inpaint_kernels.models._layers import Convolution
+from inpaint_kernels.models._networks import check_least_size
 from inpaint_kernels.models._regions import Chain, Plan
 from torch import Tensor
 
@@ -227,7 +228,7 @@ class DeepFill(InpaintingModel):
         sketch: Tensor | None = None,
         return_attention: bool = False,
     ) -> InpaintResult:
-        """Fill the holes of checked images.
+        """Fill the holes of checked images; where borders mirror, of at least 72 pixels (16 features are mirrored).
 
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
@@ -237,6 +238,7 @@ class DeepFill(InpaintingModel):
                 always, for a guided network.
             return_attention: whether the result's ``attention`` is wanted; None of it is computed outside ``box``.
         """
+        check_least_size(image, 72 if self.dialect.border == "reflect" else self.size_multiple)
         plan = None if box is None else self._plan(box, (image.shape[2], image.shape[3]))
         known, mask = self._scale(image, hole), hole.to(image.dtype)
         lines = self._lines(sketch, image, hole)

@@ -268,6 +268,12 @@ def test_errors_name_the_argument(changes, error, message):
         model(**arguments)
 
 
+def test_borders_that_mirror_need_something_to_mirror():
+    model, small = DeepFillV1(narrow("reflect", "mmagic")), torch.rand(1, 3, 64, 128)
+    with pytest.raises(ValueError, match="image: expected a height and width of at least 72, got 64 x 128"):
+        model(small, torch.zeros(1, 1, 64, 128))
+
+
 def test_unknown_dialects_are_told():
     with pytest.raises(ValueError, match="dialect: expected one of 'official', 'daa233', 'nbei', 'mmagic', got 'v3'"):
         DeepFillV1("v3")
