@@ -320,6 +320,8 @@ def _train_csa(folder: Path, prepare: Networks) -> Losses:
     with (
         csa_as_written_for(torch.zeros(())),
         mock.patch.object(Tensor, "masked_fill_", fill_by_bytes),  # newer torch takes no masks of bytes
+        # Its masks go through convolutions of the default dtype.
+        mock.patch.object(Tensor, "float", lambda tensor: tensor.to(torch.get_default_dtype())),
         mock.patch.object(nn.Module, "cuda", lambda network: network),
         mock.patch.object(networks.UnetGenerator, "__init__", of_depth(networks.UnetGenerator)),
         mock.patch.object(networks.UnetGeneratorCSA, "__init__", of_depth(networks.UnetGeneratorCSA)),
