@@ -394,3 +394,44 @@ def test_gradient_of_a_weight_of_another_dtype_is_an_error():
     short = torch.empty(3, 2, 1, 1, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="expected the dtype of x"):
         torch.ops.inpaint_native.convolution_weight_gradient(grad, x, 1, 1, 0, 0, 1, 1, 1, False, short, None)
+
+
+# Padding on four sides ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [(1, 0, 2, 0), (0, 2, 0, 1), (2, 1, 0, 3)])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
+@pytest.mark.parametrize("op", [dilated_conv2d, gated_conv2d, partial_conv2d])
+def test_padding_on_four_sides_is_that_of_a_padded_input(op, backend, stride, mode, padding):
+    if op is partial_conv2d and mode == "reflect":
+        pytest.skip("partial convolutions pad with zeros")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 11, 13, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 5, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    top, bottom, left, right = padding
+    padded = F.pad(x, (left, right, top, bottom), mode="constant" if mode == "zeros" else mode)
+    if op is partial_conv2d:
+        mask = (torch.rand(2, 1, 11, 13, generator=generator) > 0.4).double()
+        actual = op(x, mask, weight, None, stride, padding, backend=backend).output
+        expected = op(padded, F.pad(mask, (left, right, top, bottom)), weight, None, stride, backend="reference").output
+    else:
+        actual = op(x, weight, None, stride, padding, padding_mode=mode, backend=backend)
+        expected = op(padded, weight, None, stride, backend="reference")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    cotangent = torch.randn(actual.shape, generator=generator, dtype=torch.float64)
+    for gradient, wanted in zip(
+        torch.autograd.grad(actual, (x, weight), cotangent),
+        torch.autograd.grad(expected, (x, weight), cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-11)
+
+
+def test_padding_on_four_sides_is_checked():
+    x, weight = torch.rand(1, 3, 8, 9), torch.rand(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="padding: expected a number >= 0, got -1"):
+        dilated_conv2d(x, weight, padding=(1, 1, -1, 1))
+    with pytest.raises(ValueError, match="padding: expected less than the size 8 x 9"):
+        dilated_conv2d(x, weight, padding=(1, 8, 1, 1), padding_mode="reflect")
