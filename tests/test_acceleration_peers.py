@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -382,19 +383,28 @@ def _train(trainer: str, folder: Path, dtype: torch.dtype, prepare: Networks) ->
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_training_steps_give_the_published_losses(trainer, dtype, folder):
-    """To 1e-3, and in float64 the published steps of the parameters too.
-
-    Those say more: fresh from its initialisation nipponjo's generator gives images of 1e-6, which no loss shows.
-    """
-    published, moved = _train(trainer, folder, dtype, lambda *networks: None)
+    published, _ = _train(trainer, folder, dtype, lambda *networks: None)
     reports: list[object] = []
-    losses, moved_now = _train(trainer, folder, dtype, lambda *networks: reports.extend(map(accelerate, networks)))
+    losses, _ = _train(trainer, folder, dtype, lambda *networks: reports.extend(map(accelerate, networks)))
     assert all(str(report).strip() for report in reports)
     assert len(losses) == len(published) == STEPS
     for name in published[0]:
         scale = max(abs(step[name]) for step in published)
         for step, (got, wanted) in enumerate(zip(losses, published, strict=True)):
             assert abs(got[name] - wanted[name]) <= 1e-3 * scale, f"{name}, step {step}"
-    if dtype == torch.float64:
-        assert moved.norm() > 0
-        assert relative_error(moved_now, moved) <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_first_training_steps_move_parameters_as_published(trainer, folder, monkeypatch):
+    """In float64. It says more than losses: fresh from its initialisation nipponjo's generator gives images of 1e-6.
+
+    The first steps only: CSA's training doubles a difference with every step, from 1e-8 after 5 to 6e-3 after 20.
+    """
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 5)
+    _, published = _train(trainer, folder, torch.float64, lambda *networks: None)
+    reports: list[object] = []
+    _, moved = _train(trainer, folder, torch.float64, lambda *networks: reports.extend(map(accelerate, networks)))
+    assert reports
+    assert published.norm() > 0
+    assert relative_error(moved, published) <= 1e-6
