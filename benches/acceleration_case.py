@@ -68,7 +68,7 @@ class AccelerationCase:
         return (PUBLISHED, PUBLISHED_LAST, OURS)
 
     def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=_means)
+        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -124,8 +124,9 @@ def _last_image(outputs: Any) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _expected(case: AccelerationCase) -> Outputs:
     """The published network's own results, as a gate for the others; its own race passes with an error of 0."""
-    return _means(_runner(case, PUBLISHED)())
+    return means(_runner(case, PUBLISHED)())
 
 
-def _means(outputs: Outputs) -> Outputs:
+def means(outputs: Outputs) -> Outputs:
+    """What is compared of pictures."""
     return tuple(F.avg_pool2d(output, POOL) for output in outputs)

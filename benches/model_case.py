@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from inpaint_kernels.models._interface import Box
 from torch import Tensor
 
+from benches.acceleration_case import OURS, PUBLISHED, PUBLISHED_LAST, TOLERANCE, means
 from benches.harness import Outputs, Provider
 from benches.peer_models import unit_image
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
 
-PUBLISHED, PUBLISHED_LAST, OURS, HOLE = "published", "published channels_last", "ours", "ours, hole only"
-
-# With random weights many scores of an attention are equal to rounding, and which key wins changes a patch; so means of
-# POOL x POOL pixels are the gate. tests/test_published_models.py compares all pixels, in float64 too.
-POOL, TOLERANCE = 16, 5e-2
+HOLE = "ours, hole only"
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class ModelCase:
         return (PUBLISHED, PUBLISHED_LAST, OURS, *((HOLE,) if partial else ()))
 
     def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=_means)
+        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -129,8 +125,4 @@ def _fill_published(pair: PublishedModel, network: Any, image: Tensor, mask: Ten
 @functools.lru_cache(maxsize=1)
 def _expected(case: ModelCase) -> Outputs:
     """The published network's own result, as a gate for the others; its own race passes with an error of 0."""
-    return _means(_runner(case, PUBLISHED)())
-
-
-def _means(outputs: Outputs) -> Outputs:
-    return tuple(F.avg_pool2d(output, POOL) for output in outputs)
+    return means(_runner(case, PUBLISHED)())

@@ -547,7 +547,7 @@ def model_summary(races: Races) -> str:
         "extra memory: public, ours, hole only",
     )
     chosen = sorted(models.values(), key=lambda c: (_facts(c)["model"], _facts(c)["batch"], _facts(c)["height"]))
-    note = "Float32, random weights, the hole a square in the middle."
+    note = "Random weights, the hole a square in the middle."
     return f"{_table(header, map(_model_row, chosen))}\n\n{provenance_line(models)} {note}"
 
 

@@ -19,7 +19,7 @@ import torch
 from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
 from inpaint_kernels.models._layers import Convolution
 from inpaint_kernels.models._networks import check_least_size
-from inpaint_kernels.models._regions import Chain, Plan
+from inpaint_kernels.models._regions import Chain, Plan, pasted
 from torch import Tensor
 
 from inpaint_kernels import contextual_attention
@@ -243,21 +243,22 @@ class DeepFill(InpaintingModel):
         known, mask = self._scale(image, hole), hole.to(image.dtype)
         lines = self._lines(sketch, image, hole)
         indicators = [torch.ones_like(mask), mask] if self.dialect.ones else [mask]
-        first = _channels_last([known, *lines, *indicators])
-        coarse = self._squash(_run(self._chain(COARSE, LAST[0]), first, plan and plan.coarse))
-        coarse = _pasted(coarse, known, hole, box)
-        second = _channels_last([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])])
+        first = torch.cat([known, *lines, *indicators], 1)
+        coarse = self._squash(self._chain(COARSE, LAST[0]).run(first, plan and plan.coarse))
+        coarse = pasted(coarse, known, box)
+        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
+        second = second.contiguous(memory_format=torch.channels_last)  # once, for both branches
         painted, attention = self._refine(second, mask, plan, return_attention)
-        output = self._unscale(_pasted(painted, known, hole, box))
+        output = self._unscale(pasted(painted, known, box))
         return InpaintResult(output, complete(image, output, hole), self._unscale(coarse), attention)
 
     def _refine(
         self, second: Tensor, mask: Tensor, plan: _Plan | None, return_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dilated = _run(self._chain(DILATED), second, plan and plan.dilated)
+        dilated = self._chain(DILATED).run(second, plan and plan.dilated)
         matched = self._chain(MATCHED)(second)
         attended, attention = self._attend(matched, mask, plan and plan.queries, return_attention)
-        attended = _run(self._chain(ATTENDED), attended, plan and plan.attended)
+        attended = self._chain(ATTENDED).run(attended, plan and plan.attended)
         both = torch.cat([dilated, attended], 1).contiguous(memory_format=torch.channels_last)
         return self._squash(self._chain(PAINTER, LAST[1])(both, plan and plan.painter)), attention
 
@@ -288,24 +289,3 @@ class DeepFill(InpaintingModel):
 
     def _squash(self, x: Tensor) -> Tensor:
         return x.tanh() if self.dialect.squash == "tanh" else x.clamp(-1, 1)
-
-
-def _channels_last(maps: list[Tensor]) -> Tensor:
-    return torch.cat(maps, 1).contiguous(memory_format=torch.channels_last)
-
-
-def _run(chain: Chain, x: Tensor, plan: Plan | None) -> Tensor:
-    """The chain on a whole map, or on the part of it that a plan reads."""
-    if plan is None:
-        return chain(x)
-    top, left, bottom, right = plan.source
-    return chain(x[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last), plan)
-
-
-def _pasted(painted: Tensor, known: Tensor, hole: Tensor, box: Box | None) -> Tensor:
-    """The painted box in the known image; what is painted as it is where that is all of it."""
-    if box is None:
-        return painted.contiguous()
-    whole = known.clone()
-    whole[:, :, box.top : box.bottom, box.left : box.right] = painted
-    return whole

@@ -14,7 +14,6 @@ from inpaint_kernels._checks import (
     check_floating,
     check_same_device,
     check_shape,
-    check_tensor,
 )
 
 D = TypeVar("D")
@@ -36,10 +35,9 @@ class Box(NamedTuple):
         """Height and width."""
         return self.bottom - self.top, self.right - self.left
 
-    def within(self, outer: Box) -> tuple[slice, slice]:
-        """This rectangle's rows and columns in a map that begins at the outer one's corner."""
-        rows = slice(self.top - outer.top, self.bottom - outer.top)
-        return rows, slice(self.left - outer.left, self.right - outer.left)
+    def of(self, x: Tensor) -> Tensor:
+        """This part of maps [B, C, H, W], a view."""
+        return x[:, :, self.top : self.bottom, self.left : self.right]
 
 
 class InpaintResult(NamedTuple):
@@ -181,7 +179,6 @@ def named(dialect: str | D, dialects: Mapping[str, D]) -> D:
 
 def check_guidance(name: str, value: Tensor, image: Tensor, channels: int = 1) -> Tensor:
     """A map that guides the network, [B or 1, channels, H, W] floating or bool, for each image and in its dtype."""
-    check_tensor(name, value)
     batch, _, height, width = image.shape
     check_shape(name, value, f"B|1 {channels} H W", B=batch, H=height, W=width)
     check_dtype(name, value, _MASK_DTYPES)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from inpaint_kernels.models._interface import Box
 from torch import Tensor
 
@@ -147,3 +148,17 @@ class Chain:
         for name, layer in self.layers.items():
             x = layer(x, None if plan is None else plan.parts[name])
         return x
+
+    def run(self, x: Tensor, plan: Plan | None) -> Tensor:
+        """The same in channels_last, for a whole map in either case: what the plan does not read is left away."""
+        source = x if plan is None else plan.source.of(x)
+        return self(source.contiguous(memory_format=torch.channels_last), plan)
+
+
+def pasted(painted: Tensor, whole: Tensor, box: Box | None) -> Tensor:
+    """A copy of the whole maps with what was painted in the box; without a box, that is all of them."""
+    if box is None:
+        return painted.contiguous()
+    result = whole.clone()
+    box.of(result).copy_(painted)
+    return result

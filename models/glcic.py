@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from inpaint_kernels.models._batch_norm import Convolutional, fold
 from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete, named
-from inpaint_kernels.models._regions import Chain, Part, Plan, Span, Window
+from inpaint_kernels.models._regions import Chain, Part, Plan, Span, Window, pasted
 from torch import Tensor, nn
 
 from inpaint_kernels import dilated_conv2d
@@ -130,18 +130,11 @@ class GLCIC(InpaintingModel):
         x = torch.cat([self._scale(image, hole), hole.to(image.dtype)], 1)
         plan = None if box is None else self._chain().plan(box, (image.shape[2], image.shape[3]))
         painted = self._paint(x, plan)
-        if box is None:
-            output = painted
-        else:
-            output = image.clone()
-            output[:, :, box.top : box.bottom, box.left : box.right] = painted
+        output = pasted(painted, image, box)
         return InpaintResult(output, complete(image, output, hole))
 
     def _paint(self, x: Tensor, plan: Plan | None) -> Tensor:
-        if plan is not None:
-            top, left, bottom, right = plan.source
-            x = x[:, :, top:bottom, left:right]
-        x = self._chain()(x.contiguous(memory_format=torch.channels_last), plan).contiguous()
+        x = self._chain().run(x, plan)
         x = x.sigmoid() if self.dialect.squash == "sigmoid" else x.clamp(-1, 1)
         return (x + 1) / 2 if self.dialect.signed else x
 

@@ -82,21 +82,18 @@ def test_readme_table_is_that_of_the_committed_results():
     assert between == table, "write it with: python benches/report.py --update README.md"
 
 
-def test_readme_hog_table_is_that_of_the_committed_results():
-    table = report.hog_summary(report.load(sorted(report.RESULTS.glob("*.json"))))
-    between = README.split(report.HOG_BEGIN)[1].split(report.HOG_END)[0].strip()
-    assert between == table, "write it with: python benches/report.py --update README.md"
-
-
-def test_readme_acceleration_table_is_that_of_the_committed_results():
-    table = report.acceleration_summary(report.load(sorted(report.RESULTS.glob("*.json"))))
-    between = README.split(report.ACCELERATE_BEGIN)[1].split(report.ACCELERATE_END)[0].strip()
-    assert between == table, "write it with: python benches/report.py --update README.md"
-
-
-def test_readme_model_table_is_that_of_the_committed_results():
-    table = report.model_summary(report.load(sorted(report.RESULTS.glob("*.json"))))
-    between = README.split(report.MODELS_BEGIN)[1].split(report.MODELS_END)[0].strip()
+@pytest.mark.parametrize(
+    ("make", "begin", "end"),
+    [
+        (report.hog_summary, report.HOG_BEGIN, report.HOG_END),
+        (report.acceleration_summary, report.ACCELERATE_BEGIN, report.ACCELERATE_END),
+        (report.model_summary, report.MODELS_BEGIN, report.MODELS_END),
+    ],
+    ids=["hog", "acceleration", "models"],
+)
+def test_readme_tables_are_those_of_the_committed_results(make, begin, end):
+    table = make(report.load(sorted(report.RESULTS.glob("*.json"))))
+    between = README.split(begin)[1].split(end)[0].strip()
     assert between == table, "write it with: python benches/report.py --update README.md"
 
 
