@@ -1,0 +1,1 @@
+"""Readers of the files that published weights come in."""
