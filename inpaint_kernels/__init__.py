@@ -1,5 +1,6 @@
 """Fused, exact kernels for image inpainting."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from inpaint_kernels import _native
@@ -24,14 +25,17 @@ from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 if TYPE_CHECKING:
     from inpaint_kernels.acceleration import AccelerationReport, ModuleReport, accelerate, accelerated
+    from inpaint_kernels.pretrained import CheckpointError, LicenceNotice, convert_checkpoint, load_pretrained
 
 __all__ = [
     "PRESETS",
     "AccelerationReport",
+    "CheckpointError",
     "CoherentSemanticAttentionResult",
     "ContextualAttentionPreset",
     "ContextualAttentionResult",
     "HogResult",
+    "LicenceNotice",
     "ModuleReport",
     "PartialConv2dResult",
     "PatchMatches",
@@ -39,11 +43,13 @@ __all__ = [
     "accelerated",
     "coherent_semantic_attention",
     "contextual_attention",
+    "convert_checkpoint",
     "dilated_conv2d",
     "explain",
     "flow_to_color",
     "gated_conv2d",
     "hog",
+    "load_pretrained",
     "match_patches",
     "partial_conv2d",
     "patch_vote",
@@ -52,10 +58,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The names of :mod:`inpaint_kernels.acceleration`, whose recipes take a quarter of the time of an import."""
-    if name in ("AccelerationReport", "ModuleReport", "accelerate", "accelerated"):
-        from inpaint_kernels import acceleration
+_LAZY = {
+    "AccelerationReport": "acceleration",
+    "CheckpointError": "pretrained",
+    "LicenceNotice": "pretrained",
+    "ModuleReport": "acceleration",
+    "accelerate": "acceleration",
+    "accelerated": "acceleration",
+    "convert_checkpoint": "pretrained",
+    "load_pretrained": "pretrained",
+}
 
-        return getattr(acceleration, name)
+
+def __getattr__(name: str) -> Any:
+    """Names of modules that are imported when they are asked for: together they take longer than all the rest."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"inpaint_kernels.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: ``info``, ``fill``, ``mask`` and ``bench``.
+"""The command line: ``info``, ``models``, ``fill``, ``mask``, ``convert`` and ``bench``.
 
 Results go to standard output; warnings, errors and progress bars to standard error. Exit codes: 0 done, 1 the work
 cannot be done (one sentence says why), 2 the command line itself is wrong.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from inpaint_kernels import comparison, images, info, masks, panels
+from inpaint_kernels import catalogue, comparison, images, info, masks, panels
 from inpaint_kernels.inpaint import FilledPhoto, fill_photo
 
 app = typer.Typer(
@@ -340,6 +341,53 @@ def print_info() -> None:
     """Print versions, the state of the native library, devices, and which backend each op can run on."""
     for table in info.tables():
         _out.print(table)
+
+
+@app.command("models")
+def print_models() -> None:
+    """Print the learned models, their papers, and whose weights they load: where to get them, and their licence."""
+    for table in catalogue.tables():
+        _out.print(table, "")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="Weights as published: .pth, .pt, .p, .t7, .safetensors, or a TensorFlow checkpoint's .index or "
+            "folder. Of EdgeConnect and CSA one of the two files, the other beside it.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A file that ends in .safetensors.", show_default=False)
+    ],
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="Run the weights as this implementation does, not as they were published.", show_default=False
+        ),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Write published weights as one safetensors file: our names, RGB, with source, sha256, dialect and licence.
+
+    Nothing in IN is run. The file loads with inpaint_kernels.load_pretrained, as IN does.
+
+    Example: inpaint-kernels convert states_tf_places2.pth deepfill_v2.safetensors
+    """
+    from inpaint_kernels.pretrained import LicenceNotice, convert_checkpoint
+
+    with _errors_as_sentences(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LicenceNotice)  # it is printed below
+        metadata = convert_checkpoint(source, target, dialect=dialect, force=force)
+        dialect_of = f" ({metadata['dialect']})" if metadata["dialect"] else ""
+        _out.print(
+            f"{metadata['model']}{dialect_of} of {metadata['repository']}: {escape(str(target))}\n"
+            f"licence of the weights: {escape(metadata['licence'])}"
+        )
 
 
 @app.command()

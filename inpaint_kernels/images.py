@@ -8,14 +8,13 @@ reading and its tag is dropped. Writing is atomic: the file appears whole, or it
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import struct
 import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from inpaint_kernels import _files
+from inpaint_kernels._files import write_atomically
 
 READABLE = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -259,27 +261,15 @@ def _kept_metadata(image: Image.Image) -> Metadata:
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-    """Find out now, before any work, whether ``path`` can be written in the end.
+    """Find out now, before any work, whether a picture can be written to ``path`` in the end.
 
     Raises:
-        ImageFileError: unknown suffix, no such folder, not writable, one of ``inputs``, or an existing file that only
-            ``force`` may replace.
+        ImageFileError: unknown suffix.
+        OutputError: no such folder, not writable, one of ``inputs``, or an existing file that only ``force`` may
+            replace.
     """
-    target = Path(path)
-    format_of(target)
-    for source in inputs:
-        if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
-            raise ImageFileError(f"{path}: is an input; the output must be another file")
-    if target.is_dir():
-        raise ImageFileError(f"{path}: is a folder")
-    if target.exists() and not force:
-        raise ImageFileError(f"{path}: exists; force (--force) replaces it")
-    probe = _temporary_beside(target)
-    try:
-        probe.open("xb").close()
-    except OSError as error:
-        raise ImageFileError(f"{path}: cannot be written: {error.strerror}") from error
-    probe.unlink()
+    format_of(path)
+    _files.check_output(path, force=force, inputs=inputs)
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
@@ -318,7 +308,8 @@ def write_photo(path: str | os.PathLike[str], photo: Photo, *, quality: int = 95
     PNG, TIFF and WebP are written without loss; ``quality`` (1 to 100) is JPEG's.
 
     Raises:
-        ImageFileError: the format cannot hold the pixels, or the file cannot be written.
+        ImageFileError: the format cannot hold the pixels.
+        OutputError: the file cannot be written.
     """
     check_encodable(path, photo.pixels)
     file_format = format_of(path)
@@ -333,33 +324,6 @@ def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
             shutil.copyfileobj(original, stream)
 
     write_atomically(path, copy)
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step; on failure leave nothing.
-
-    Raises:
-        ImageFileError: the file cannot be written.
-    """
-    target = Path(os.path.realpath(path))  # a link keeps pointing; its target is replaced
-    temporary = _temporary_beside(target)
-    try:
-        with temporary.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ImageFileError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
-
-
-def _temporary_beside(target: Path) -> Path:
-    # Same folder, so that the final move stays inside one file system. A short own name: the target's may already be
-    # as long as the file system allows.
-    return target.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def _encode(stream: BinaryIO, photo: Photo, file_format: str, quality: int) -> None:

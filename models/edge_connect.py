@@ -10,6 +10,7 @@ from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResul
 from inpaint_kernels.models._networks import check_least_size, fastest_layout, init_normal
 from inpaint_kernels.models._norms import instance_norm
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
 from inpaint_kernels._checks import check_range
 from inpaint_kernels.nn import DilatedConv2d
@@ -204,7 +205,16 @@ def fold_spectral_norm(network: nn.Module) -> nn.Module:
     for layer in network.modules():
         if _has_spectral_norm(layer):
             nn.utils.remove_spectral_norm(layer)
+            _drop_hook_of_loading(layer)
     return network
+
+
+def _drop_hook_of_loading(layer: nn.Module) -> None:
+    """Plain weights do not load through the hook that torch forgets, which it wraps and then does not recognise."""
+    hooks = layer._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del hooks[key]
 
 
 def _spectral_norm(layer: nn.Module) -> nn.Module:

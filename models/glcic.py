@@ -61,23 +61,21 @@ class Dialect:
     Attributes:
         relu_first: ReLU in front of the batch norm, not behind it.
         bias: whether the convolutions in front of a batch norm have one.
-        mean: subtracted from the image in [0, 1] (RGB).
+        mean: what becomes of ``mean_color``: "subtracted" from the image in [0, 1], painted "in the hole", or "unused".
         signed: the image is in [-1, 1], and so is what is painted.
-        mean_in_hole: the hole holds ``mean_color`` instead of what is 0 to the network.
         squash: what ends the network: "sigmoid" or "clip".
     """
 
     relu_first: bool = False
     bias: bool = True
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    mean: str = "unused"
     signed: bool = False
-    mean_in_hole: bool = False
     squash: str = "sigmoid"
 
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
-    "iizuka": Dialect(mean=PLACES2_MEAN),
-    "otenim": Dialect(relu_first=True, mean_in_hole=True),
+    "iizuka": Dialect(mean="subtracted"),
+    "otenim": Dialect(relu_first=True, mean="in the hole"),
     "mmagic": Dialect(bias=False, signed=True, squash="clip"),
 }
 """satoshiiizuka/siggraph2017_inpainting (Torch7, and its conversions to PyTorch), otenim/GLCIC-PyTorch,
@@ -89,7 +87,8 @@ class GLCIC(InpaintingModel):
 
     Args:
         dialect: a name in :data:`DIALECTS`, or an own one.
-        mean_color: RGB in [0, 1] that fills the hole in dialect "otenim": ``mpv`` of its ``config.json``.
+        mean_color: RGB in [0, 1], the mean of the training's images: in dialect "iizuka" ``mean`` of the checkpoint, in
+            "otenim" ``mpv`` of its ``config.json``.
 
     In evaluation mode the batch norms are folded into the convolutions where they follow them.
 
@@ -139,11 +138,14 @@ class GLCIC(InpaintingModel):
         return (x + 1) / 2 if self.dialect.signed else x
 
     def _scale(self, image: Tensor, hole: Tensor) -> Tensor:
-        if self.dialect.mean_in_hole:
-            return torch.where(hole, image.new_tensor(self.mean_color).view(3, 1, 1), image)
+        mean = image.new_tensor(self.mean_color).view(3, 1, 1)
+        if self.dialect.mean == "in the hole":
+            return torch.where(hole, mean, image)
         if self.dialect.signed:
-            return (image * 2 - 1).masked_fill(hole, 0)
-        return (image - image.new_tensor(self.dialect.mean).view(3, 1, 1)).masked_fill(hole, 0)
+            image = image * 2 - 1
+        elif self.dialect.mean == "subtracted":
+            image = image - mean
+        return image.masked_fill(hole, 0)
 
     def _chain(self) -> Chain:
         layers: dict[str, _Convolution | _Enlargement] = {}

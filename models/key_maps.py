@@ -1,23 +1,56 @@
 """Published checkpoints' names and values -> those of our models.
 
 Every function takes the state dict of a public implementation's network, without a container or a common prefix, and
-returns the one that our model of that dialect loads with ``strict=True``. Nothing is read but names and values.
+returns the one that our model of that dialect loads with ``strict=True``. Nothing is read but names and values. The
+order of colours is left as published; :func:`swap_red_and_blue` is for networks that were trained on BGR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from inpaint_kernels.models import glcic
 from inpaint_kernels.models._deepfill import ATTENDED, COARSE, DILATED, LAST, MATCHED, PAINTER, Row
+from inpaint_kernels.models.partial_conv_unet import TABLE
 from torch import Tensor
 
 State = dict[str, Tensor]
+Conversion = Callable[[Mapping[str, Tensor]], State]
 Names = dict[str, str]
 """A layer's name in DeepFill's table -> the prefix of its weight and bias in a checkpoint."""
+
+
+# The order of colours ------------------------------------------------------------------------------------------------
+
+
+class ColourLayers(NamedTuple):
+    """Where a network takes and gives colours; layers by the names of our models.
+
+    Attributes:
+        inputs: layer -> the first of the three channels that are colours.
+        outputs: layers whose channels are colours; of a gated one its features and its gates.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: tuple[str, ...]
+
+
+def swap_red_and_blue(state: Mapping[str, Tensor], layers: ColourLayers) -> State:
+    """The network for RGB images that paints what this one does for BGR images: the same values in another order."""
+    swapped = dict(state)
+    for layer, first in layers.inputs.items():
+        weight = swapped[f"{layer}.weight"]
+        order = list(range(weight.shape[1]))
+        order[first : first + 3] = reversed(order[first : first + 3])
+        swapped[f"{layer}.weight"] = weight[:, order]
+    for layer in layers.outputs:
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            triples = swapped[name].unflatten(0, (-1, 3))
+            swapped[name] = triples.flip(1).flatten(0, 1)
+    return swapped
 
 
 # DeepFill: the layers' prefixes ---------------------------------------------------------------------------------------
@@ -155,14 +188,36 @@ def _folded(state: Mapping[str, Tensor], prefix: str, kind: str) -> Tensor:
     return weight / sigma
 
 
-DEEPFILL_V1: Final[Mapping[str, Callable[[Mapping[str, Tensor]], State]]] = {
+def _tensorflow(ours: Names) -> Conversion:
+    """The variables of the TensorFlow graph: kernels [h, w, in, out]; a layer that enlarges stands one level deeper."""
+
+    def convert(state: Mapping[str, Tensor]) -> State:
+        converted = {}
+        for name, prefix in ours.items():
+            scope = f"inpaint_net/{name}/{name}_conv" if name.endswith("_upsample") else f"inpaint_net/{name}"
+            converted[f"{prefix}.weight"] = state[f"{scope}/kernel"].permute(3, 2, 0, 1)
+            converted[f"{prefix}.bias"] = state[f"{scope}/bias"]
+        return converted
+
+    return convert
+
+
+def _colour_layers(ours: Names) -> ColourLayers:
+    return ColourLayers({ours[name]: 0 for name in ("conv1", "xconv1", "pmconv1")}, tuple(ours[name] for name in LAST))
+
+
+DEEPFILL_V1: Final[Mapping[str, Conversion]] = {
+    "official": _tensorflow(_daa233()),
     "daa233": dict,
     "nbei": lambda state: _renamed(state, _nbei(), _daa233()),
     "mmagic": lambda state: _renamed(state, _mmagic(".conv"), _daa233()),
 }
 """Dialect of DeepFill v1 -> conversion of its generator's state."""
 
-DEEPFILL_V2: Final[Mapping[str, Callable[[Mapping[str, Tensor]], State]]] = {
+DEEPFILL_V1_COLOURS: Final = _colour_layers(_daa233())
+
+DEEPFILL_V2: Final[Mapping[str, Conversion]] = {
+    "official": _tensorflow(_tensorflow_flat()),
     "nipponjo_tf": dict,
     "nipponjo": lambda state: _renamed(state, _nipponjo(), _tensorflow_flat()),
     "mmagic": lambda state: _renamed(state, _mmagic(".conv.conv"), _tensorflow_flat()),
@@ -170,10 +225,13 @@ DEEPFILL_V2: Final[Mapping[str, Callable[[Mapping[str, Tensor]], State]]] = {
 }
 """Dialect of DeepFill v2 -> conversion of its generator's state."""
 
+DEEPFILL_V2_COLOURS: Final = _colour_layers(_tensorflow_flat())
+
 
 # GLCIC ----------------------------------------------------------------------------------------------------------------
 
-_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_NORM_ENTRIES = ("weight", "bias", "running_mean", "running_var")
+_COUNT = "num_batches_tracked"  # absent from what older versions of torch saved, and from Torch7
 
 
 def _glcic(state: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> State:
@@ -183,7 +241,9 @@ def _glcic(state: Mapping[str, Tensor], places: Iterable[tuple[str, str]]) -> St
         entries = ("weight", "bias") if f"{convolution}.bias" in state else ("weight",)
         ours |= {f"{row.name}.{entry}": state[f"{convolution}.{entry}"] for entry in entries}
         if row is not glcic.TABLE[-1]:
-            ours |= {f"{glcic.norm_name(row.name)}.{entry}": state[f"{norm}.{entry}"] for entry in _NORM_ENTRIES}
+            counted = (_COUNT,) if f"{norm}.{_COUNT}" in state else ()
+            own = glcic.norm_name(row.name)
+            ours |= {f"{own}.{entry}": state[f"{norm}.{entry}"] for entry in (*_NORM_ENTRIES, *counted)}
     return ours
 
 
@@ -198,13 +258,15 @@ def _mmagic_glcic() -> list[tuple[str, str]]:
 
 _LAYERS = range(len(glcic.TABLE))
 
-GLCIC: Final[Mapping[str, Callable[[Mapping[str, Tensor]], State]]] = {
+GLCIC: Final[Mapping[str, Conversion]] = {
     "otenim": dict,
     "iizuka": lambda state: _glcic(state, [(f"{3 * i}", f"{3 * i + 1}") for i in _LAYERS]),
     "yangwangx": lambda state: _glcic(state, [*((f"{i}.0", f"{i}.1") for i in _LAYERS[:-1]), (f"{_LAYERS[-1]}", "")]),
     "mmagic": lambda state: _glcic(state, _mmagic_glcic()),
 }
 """Source of a GLCIC checkpoint (iizuka, yangwangx: conversions of the official one) -> conversion of its state."""
+
+GLCIC_COLOURS: Final = ColourLayers({"conv1": 0}, ("conv17",))
 
 
 # Partial convolutions -------------------------------------------------------------------------------------------------
@@ -229,8 +291,12 @@ def _mmagic_partial(state: Mapping[str, Tensor]) -> State:
     return ours
 
 
-PARTIAL_CONV_UNET: Final[Mapping[str, Callable[[Mapping[str, Tensor]], State]]] = {
+PARTIAL_CONV_UNET: Final[Mapping[str, Conversion]] = {
     "naoto": _naoto,
     "mmagic": _mmagic_partial,
 }
 """Dialect of the partial convolution U-Net -> conversion of its state."""
+
+PARTIAL_CONV_UNET_COLOURS: Final = ColourLayers(
+    {"enc_1.conv.input_conv": 0, "dec_1.conv.input_conv": TABLE[0].channels}, ("dec_1.conv.input_conv",)
+)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from inpaint_kernels import images
+from inpaint_kernels import _files, images
+from inpaint_kernels._files import OutputError
 from inpaint_kernels.images import ImageFileError, Metadata, Photo, read_photo, write_photo
 
 RNG = np.random.default_rng(0)
@@ -198,18 +199,18 @@ def test_output_checks(tmp_path: Path) -> None:
     existing, link = tmp_path / "a.png", tmp_path / "link.png"
     write_photo(existing, Photo(random_pixels((4, 4)), "PNG"))
     link.symlink_to(existing)
-    with pytest.raises(ImageFileError, match=r"a.png: exists; force"):
+    with pytest.raises(OutputError, match=r"a.png: exists; force"):
         images.check_output(existing, force=False)
     images.check_output(existing, force=True)
     for name in (existing, link):
-        with pytest.raises(ImageFileError, match="is an input"):
+        with pytest.raises(OutputError, match="is an input"):
             images.check_output(name, force=True, inputs=[existing])
-    with pytest.raises(ImageFileError, match="cannot be written: No such file or directory"):
+    with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         images.check_output(tmp_path / "no" / "b.png", force=False)
-    with pytest.raises(ImageFileError, match="cannot be written: Not a directory"):
+    with pytest.raises(OutputError, match="cannot be written: Not a directory"):
         images.check_output(existing / "b.png", force=False)
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ImageFileError, match="is a folder"):
+    with pytest.raises(OutputError, match="is a folder"):
         images.check_output(tmp_path / "folder.png", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "folder.png", "link.png"]
 
@@ -218,7 +219,7 @@ def test_output_checks(tmp_path: Path) -> None:
     not sys.platform.startswith("linux"), reason="needs a folder that not even root can write to: /proc"
 )
 def test_unwritable_folder_is_found_before_the_work() -> None:
-    with pytest.raises(ImageFileError, match=r"out.png: cannot be written: "):
+    with pytest.raises(OutputError, match=r"out.png: cannot be written: "):
         images.check_output("/proc/self/out.png", force=False)
 
 
@@ -230,8 +231,8 @@ def test_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Pa
         stream.write(b"half")  # type: ignore[attr-defined]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ImageFileError, match=r"a.png: cannot be written: No space left on device"):
-        images.write_atomically(target, fail)
+    with pytest.raises(OutputError, match=r"a.png: cannot be written: No space left on device"):
+        _files.write_atomically(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert target.read_bytes() == b"old"
 

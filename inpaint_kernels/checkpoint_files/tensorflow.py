@@ -63,7 +63,7 @@ def read_tensorflow(path: str | os.PathLike[str], *, wanted: Callable[[str], boo
         CheckpointError: no such file; truncated, damaged, or no such checkpoint; from a big-endian machine; a variable
             that is partitioned, or one that ``wanted`` asks for and that has another dtype.
     """
-    prefix = _prefix(os.fsdecode(path))
+    prefix = prefix_of(os.fsdecode(path))
     with BoundedFile(f"{prefix}.index") as index:
         shards, entries = _read_index(index, wanted)
     tensors: dict[str, Tensor] = {}
@@ -76,7 +76,8 @@ def read_tensorflow(path: str | os.PathLike[str], *, wanted: Callable[[str], boo
 # Which files ----------------------------------------------------------------------------------------------------------
 
 
-def _prefix(path: str) -> str:
+def prefix_of(path: str) -> str:
+    """What the names of a checkpoint's files begin with; ``path`` as for :func:`read_tensorflow`."""
     if os.path.isdir(path):
         return _latest(os.path.join(path, "checkpoint"))
     if os.path.basename(path) == "checkpoint" and os.path.isfile(path):
