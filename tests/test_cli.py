@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from inpaint_kernels.models import DeepFillV1
 from typer.testing import CliRunner, Result
 
-from inpaint_kernels import comparison, panels
+from inpaint_kernels import comparison, load_pretrained, panels
 from inpaint_kernels.__main__ import main
 from inpaint_kernels.cli import app
 from inpaint_kernels.images import Metadata, Photo, read_photo, write_photo
@@ -392,3 +394,41 @@ def test_a_missing_extra_is_no_traceback() -> None:
     result = program("-c", code)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+# --- models and convert ---------------------------------------------------------------------------------------------
+
+
+def test_models_lists_each_with_its_licence() -> None:
+    result = run("models")
+    assert result.exit_code == 0, result.output
+    for text in (
+        "DeepFillV1: Yu et al.",
+        "JiahuiYu/generative_inpainting",
+        "CC BY-NC 4.0",
+        "GuidedFace",
+        "none published",
+    ):
+        assert text in result.stdout
+
+
+def test_convert(tmp_path: Path) -> None:
+    source, target = tmp_path / "gen_00430000.pt", tmp_path / "deepfill_v1.safetensors"
+    torch.save({"module.netG": DeepFillV1().state_dict()}, source)
+    result = run("convert", str(source), str(target), "--dialect", "official")
+    assert result.exit_code == 0, result.output
+    assert "DeepFillV1 (official) of daa233/generative-inpainting-pytorch" in result.stdout
+    assert "CC BY-NC 4.0" in result.stdout
+    assert load_pretrained(target).dialect == DeepFillV1("official").dialect
+    again = run("convert", str(source), str(target))
+    assert again.exit_code == 1
+    assert "exists" in again.stderr
+    assert run("convert", str(source), str(target), "--force").exit_code == 0
+
+
+def test_convert_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_bytes(b"<html>Quota exceeded")
+    result = run("convert", str(tmp_path / "page.pth"), str(tmp_path / "out.safetensors"))
+    assert result.exit_code == 1
+    assert "expected a checkpoint of torch, safetensors, Torch7 or TensorFlow" in result.stderr
+    assert not (tmp_path / "out.safetensors").exists()

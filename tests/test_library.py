@@ -198,7 +198,7 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def imported_names(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports: `a.b` for `import a.b` and for `from a import b`; not those for type checkers."""
+    """Dotted names that a file imports, but for type checkers: `a.b` for `import a.b` and for `from a import b`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_checkers = {
         inner

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benches.peer_models import relative_error
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from inpaint_kernels import load_pretrained
 from tests.model_cases import golden_case, holes, photo, probes, seeded
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -80,6 +81,33 @@ def test_pictures_are_the_published_ones(published: PublishedModel, dtype: torch
     errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
     print(f"{published.name:26} {dtype} {size}: {max(errors):.1e}")
     assert max(errors) <= TOLERANCES[dtype]
+
+
+@pytest.mark.filterwarnings("ignore::inpaint_kernels.pretrained.LicenceNotice")
+@pytest.mark.parametrize("published", PUBLISHED_MODELS, ids=lambda published: published.name)
+def test_files_of_the_public_networks_load(published: PublishedModel, folder, tmp_path):
+    """Saved by the public network's own code, loaded by ours: the same picture, for RGB where theirs is for BGR."""
+    network = load(published, folder)
+    seed(published, network)
+    mask = holes(128, 128, (20, 30, 60, 80), (90, 60, 110, 120)).float().repeat(2, 1, 1, 1)
+    image = photo(128, 128, 2)
+    colours = 1 if published.name.endswith(("mmagic", "nbei")) else ()
+    *_, expected = published.run_published(network, (image * (1 - mask)).flip(colours), mask)
+    ours = load_pretrained(saved(network, tmp_path))
+    with torch.no_grad():
+        actual = ours(image, mask, **published.guidance(image, mask)).output
+    assert relative_error(actual, expected.flip(colours)) <= 1e-4
+
+
+def saved(network: nn.Module, folder: Path) -> Path:
+    """A file of the network's state; of EdgeConnect the folder of both."""
+    generators = dict(network.named_children())
+    if generators.keys() == {"edge_generator", "inpaint_generator"}:
+        for name, stage in (("EdgeModel", "edge_generator"), ("InpaintingModel", "inpaint_generator")):
+            torch.save({"iteration": 1, "generator": generators[stage].state_dict()}, folder / f"{name}_gen.pth")
+        return folder
+    torch.save({"state_dict": network.state_dict()}, folder / "weights.pth")
+    return folder / "weights.pth"
 
 
 def _state_of(published: PublishedModel, network: nn.Module, ours: dict[str, Tensor]) -> dict[str, Tensor]:
