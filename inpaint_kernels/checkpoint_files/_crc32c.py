@@ -1,8 +1,8 @@
 """CRC-32C (Castagnoli, RFC 3720), the checksum of TensorFlow's checkpoints, at numpy's speed.
 
-The register that starts at 0 is linear over GF(2): of two parts, ``raw(a + b) = forward(raw(a), len(b)) ^ raw(b)``, where
-``forward`` passes zero bytes through the register, and zero bytes in front change nothing. All 4-byte words of a chunk
-are therefore computed at once and joined in pairs, then in pairs of pairs.
+The register that starts at 0 is linear over GF(2): ``raw(a + b) = forward(raw(a), len(b)) ^ raw(b)``, where ``forward``
+passes zero bytes through the register; and zero bytes in front change nothing. So all 4-byte words of a chunk are
+computed at once and joined in pairs, then in pairs of pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def crc32c(content: NDArray[np.uint8] | bytes) -> int:
 
 
 def masked_crc32c(content: NDArray[np.uint8] | bytes) -> int:
-    """The checksum as TensorFlow and LevelDB store it: rotated and shifted, for it may lie among what is summed again."""
+    """The checksum as LevelDB and TensorFlow store it: rotated and shifted, so that sums over stored sums stay good."""
     crc = crc32c(content)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & _ALL_ONES
 
