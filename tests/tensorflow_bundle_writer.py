@@ -14,6 +14,7 @@ The values are protocol buffers: under the key "" the header, under each name wh
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def plain_block(entries: list[tuple[bytes, bytes]]) -> bytes:
     return bytes(content) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
 
 
-def write_bundle(prefix: Path, arrays: dict[str, NDArray[np.generic]], writer: TableWriter | None = None) -> Path:
+def write_bundle(prefix: Path, arrays: Mapping[str, NDArray[np.generic]], writer: TableWriter | None = None) -> Path:
     """A checkpoint of one data file."""
     data = bytearray()
     entries = [(b"", header())]

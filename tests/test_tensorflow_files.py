@@ -164,7 +164,7 @@ ARRAYS: dict[str, np.ndarray] = {
         for layer in range(40)
         for part in ("kernel", "bias", "kernel/Adam", "kernel/Adam_1")
     },
-    "größe": np.float32(2.5).reshape(()),
+    "größe": np.array(2.5, np.float32),
 }
 
 
