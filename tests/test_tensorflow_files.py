@@ -80,6 +80,7 @@ def timed(call: Callable[[], object]) -> float:
         RNG.bytes(700),
         b"".join(f"scope/conv{number}/kernel/Adam".encode() for number in range(300)),
     ],
+    ids=["empty", "short", "zeros", "periodic", "noise", "long noise", "names"],
 )
 def test_decompression_undoes_compression(content):
     compressed = bundle.snappy(content)
@@ -208,6 +209,7 @@ def test_only_the_last_part_of_the_recorded_path_is_used(tmp_path, line):
         (b'model_checkpoint_path: ".."', "to end in a file's name, got '..'"),
         (b'model_checkpoint_path: "logs/"', "to end in a file's name, got ''"),
         (rb'model_checkpoint_path: "a\0b"', "to end in a file's name"),
+        (rb'model_checkpoint_path: "gon\9"', "gon9.index: cannot be opened"),
         (b'model_checkpoint_path: "gone"', "gone.index: cannot be opened: No such file"),
     ],
 )

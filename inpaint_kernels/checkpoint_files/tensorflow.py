@@ -88,7 +88,7 @@ def _latest(state_path: str) -> str:
     """The prefix that TensorFlow's text file of the state of its checkpoints names."""
     with BoundedFile(state_path) as file:
         content = file.read(min(file.size, _MAX_STATE_BYTES), "the state of the checkpoints")
-        found = re.search(rb'^\s*model_checkpoint_path:\s*"((?:[^"\\\n]|\\.)*)"', content, re.MULTILINE)
+        found = re.search(rb'^[ \t]*model_checkpoint_path:[ \t]*"((?:[^"\\\n]|\\.)*)"', content, re.MULTILINE)
         if found is None:
             raise file.error('expected a line model_checkpoint_path: "...", got none', offset=0)
         name = re.split(r"[/\\]", _unescaped(found[1]))[-1]
@@ -101,10 +101,10 @@ def _unescaped(text: bytes) -> str:
     """A string of protocol buffers' text format, where bytes beyond ASCII are octal."""
 
     def plain(escape: re.Match[bytes]) -> bytes:
-        code = escape[1]
-        return bytes([int(code, 8) & 0xFF]) if code.isdigit() else code
+        octal, literal = escape.groups()
+        return literal if octal is None else bytes([int(octal, 8) & 0xFF])
 
-    return re.sub(rb"\\([0-7]{1,3}|.)", plain, text).decode("utf-8", "surrogateescape")
+    return re.sub(rb"\\(?:([0-7]{1,3})|(.))", plain, text).decode("utf-8", "surrogateescape")
 
 
 # The index ------------------------------------------------------------------------------------------------------------
