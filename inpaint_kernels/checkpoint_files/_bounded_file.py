@@ -86,7 +86,7 @@ class BoundedFile:
         self._check_reach(self.position, count, what)
         content = torch.empty(count, dtype=torch.uint8)
         try:
-            got = self._stream.readinto(content.numpy())
+            got = self._stream.readinto(content.numpy().data)
         except OSError as error:
             raise self.error(f"{what} cannot be read: {error.strerror}") from error
         self._advance(got, count, what)

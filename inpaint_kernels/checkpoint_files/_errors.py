@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file, the place in it, what was expected and what came."""
+    """A checkpoint that cannot be read; the message names the file, the place, what was expected and what came."""

@@ -10,9 +10,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ def read_tensorflow(path: str | os.PathLike[str], *, wanted: Callable[[str], boo
         wanted: whether to read the variable of this name; default: all.
 
     Returns:
-        Name -> contiguous CPU tensor in TensorFlow's layout (convolution kernels ``[kH, kW, in, out]``), in the order of
-        the index, which is that of the names' bytes.
+        Name -> contiguous CPU tensor in TensorFlow's layout (convolution kernels ``[kH, kW, in, out]``), in the order
+        of the index, which is that of the names' bytes.
 
     Raises:
         CheckpointError: no such file; truncated, damaged, or no such checkpoint; from a big-endian machine; a variable
@@ -89,7 +89,7 @@ def _latest(state_path: str) -> str:
     """The prefix that TensorFlow's text file of the state of its checkpoints names."""
     with BoundedFile(state_path) as file:
         content = file.read(min(file.size, _MAX_STATE_BYTES), "the state of the checkpoints")
-        found = re.search(rb'^\s*model_checkpoint_path:\s*"((?:[^"\\\n]|\\.)*)"', content, re.MULTILINE)
+        found = re.search(rb'^[ \t]*model_checkpoint_path:[ \t]*"((?:[^"\\\n]|\\.)*)"', content, re.MULTILINE)
         if found is None:
             raise file.error('expected a line model_checkpoint_path: "...", got none', offset=0)
         name = re.split(r"[/\\]", _unescaped(found[1]))[-1]
@@ -102,10 +102,10 @@ def _unescaped(text: bytes) -> str:
     """A string of protocol buffers' text format, where bytes beyond ASCII are octal."""
 
     def plain(escape: re.Match[bytes]) -> bytes:
-        code = escape[1]
-        return bytes([int(code, 8) & 0xFF]) if code.isdigit() else code
+        octal, literal = escape.groups()
+        return literal if octal is None else bytes([int(octal, 8) & 0xFF])
 
-    return re.sub(rb"\\([0-7]{1,3}|.)", plain, text).decode("utf-8", "surrogateescape")
+    return re.sub(rb"\\(?:([0-7]{1,3})|(.))", plain, text).decode("utf-8", "surrogateescape")
 
 
 # The index ------------------------------------------------------------------------------------------------------------
@@ -188,15 +188,15 @@ _ENTRY_KINDS: Final = {1: VARINT, 2: BYTES, 3: VARINT, 4: VARINT, 5: VARINT, 6: 
 
 
 def _entry(wire: Wire, name: str) -> _Entry:
-    entry = _Entry(name)
+    values: dict[str, Any] = {}
     for number, value in wire.fields(_ENTRY_KINDS):
         if number == 2:
-            entry = replace(entry, shape=_shape(Wire(value, wire.error)))
+            values["shape"] = _shape(Wire(value, wire.error))
         elif number == 7:
-            entry = replace(entry, partitioned=True)
+            values["partitioned"] = True
         else:
-            entry = replace(entry, **{_ENTRY_FIELDS[number]: value})
-    return entry
+            values[_ENTRY_FIELDS[number]] = value
+    return _Entry(name, **values)
 
 
 def _shape(wire: Wire) -> tuple[int, ...]:
@@ -207,10 +207,8 @@ def _shape(wire: Wire) -> tuple[int, ...]:
             if value:
                 raise wire.error("expected a shape, got one of unknown rank")
             continue
-        size = 0
-        for _, size in Wire(value, wire.error).fields({1: VARINT}):
-            pass
-        sizes.append(size)
+        size = [size for _, size in Wire(value, wire.error).fields({1: VARINT})]
+        sizes.append(size[-1] if size else 0)
     return tuple(sizes)
 
 

@@ -225,8 +225,8 @@ class _Reader:
         fields = self.value()
         if not isinstance(fields, dict):
             raise self._file.error(
-                f"expected a table of the fields of {class_name!r}, got {_kind(fields)}; classes with a format of their "
-                f"own cannot be read",
+                f"expected a table of the fields of {class_name!r}, got {_kind(fields)}; classes with a format of "
+                f"their own cannot be read",
                 start,
             )
         return fields
@@ -270,7 +270,7 @@ class _Reader:
             view = storage.as_strided(sizes, strides, offset)
             if view.is_contiguous():
                 return view
-        # A stride of 0 repeats elements, and many tensors may lie in one storage: only a sum over all bounds the copies.
+        # A stride of 0 repeats elements, and many tensors may share a storage: only the sum of all bounds the copies.
         self._copied_bytes += math.prod(sizes) * storage.itemsize
         if self._copied_bytes > self._file.size:
             raise self._file.error(
