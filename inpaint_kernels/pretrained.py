@@ -216,19 +216,25 @@ def _is_weight_of_tensorflow(name: str) -> bool:
 def _unpacked(contents: Contents) -> tuple[Any, dict[str, Any]]:
     """The tensors as dictionaries, and arguments of the model that stand beside them."""
     if contents.container == "torch7":
-        return _unpacked_torch7(contents.value)
+        return _unpacked_torch7(contents)
     if contents.container == "safetensors" and _METADATA in contents.metadata:
         return contents.value, _own_settings(contents)
     return contents.value, {}
 
 
-def _unpacked_torch7(value: Any) -> tuple[Any, dict[str, Any]]:
+def _unpacked_torch7(contents: Contents) -> tuple[Any, dict[str, Any]]:
     """GLCIC's ``{model = nn.Sequential, mean = tensor of RGB}``."""
+    value = contents.value
     model, mean = (value.get(name) for name in ("model", "mean")) if isinstance(value, dict) else (value, None)
     settings = {}
     if isinstance(mean, Tensor) and mean.numel() == 3:
         settings["mean_color"] = tuple(float(channel) for channel in mean.flatten())
-    return torch7.state_dict_of(model) if isinstance(model, torch7.Torch7Object) else {}, settings
+    if not isinstance(model, torch7.Torch7Object):
+        return {}, settings
+    try:
+        return torch7.state_dict_of(model), settings
+    except ValueError as error:
+        raise CheckpointError(f"{contents.files[0]}: {error}") from error
 
 
 def _own_settings(contents: Contents) -> dict[str, Any]:

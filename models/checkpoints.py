@@ -194,8 +194,10 @@ def convert(layout: Layout, state: State) -> Converted:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """Contiguous, and if floating in float32: what is published in half precision is meant to be computed in single."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+    """Contiguous in a storage of its own, and if floating in float32, in which half precision too is meant to be run."""
+    tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 # What the sizes of a state say about the network ----------------------------------------------------------------------

@@ -33,7 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inpaint_kernels import CheckpointError, LicenceNotice, convert_checkpoint, load_pretrained, pretrained
+from inpaint_kernels.checkpoint_files._crc32c import crc32c
+from tests import tensorflow_bundle_writer
 from tests.model_cases import holes, photo, seeded
+from tests.torch7_writer import Instance, array, table, write_torch7
+from tests.torch7_writer import tensor as tensor_of_torch7
 
 NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "published_names.json").read_text(encoding="utf-8"))
 
@@ -239,7 +243,72 @@ def test_the_mean_of_otenims_training_stands_beside_its_weights(tmp_path):
 
 
 # Torch7 and TensorFlow ------------------------------------------------------------------------------------------------
-# see below
+
+
+def layer_of_torch7(number: int, state: dict[str, Tensor]) -> Instance:
+    """The i-th entry of the published Sequential: convolution, norm, ReLU, and so on, a sigmoid last."""
+    fields = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{number}.")}
+    values: dict[str, Any] = {key: tensor_of_torch7(value.numpy()) for key, value in fields.items() if value.dim()}
+    if "running_mean" in fields:
+        return Instance("nn.SpatialBatchNormalization", table(eps=1e-5, train=False, **values))
+    if "weight" not in fields:
+        return Instance("nn.Sigmoid" if number == 49 else "nn.ReLU", table(inplace=True))
+    enlarges = fields["weight"].shape[-1] == 4
+    kind = (
+        "SpatialFullConvolution" if enlarges else "SpatialDilatedConvolution" if number == 18 else "SpatialConvolution"
+    )
+    return Instance(f"nn.{kind}", table(kW=3, kH=3, **values))
+
+
+def test_iizukas_torch7_file(tmp_path):
+    state = tensors("GLCIC", "iizuka")
+    layers = array(*(layer_of_torch7(number, state) for number in range(50)))
+    content = table(model=Instance("nn.Sequential", table(modules=layers)), mean=tensor_of_torch7([0.5, 0.25, 0.125]))
+    write_torch7(tmp_path / "completionnet_celeba.t7", content)
+    loaded = load_pretrained(tmp_path / "completionnet_celeba.t7")
+    assert isinstance(loaded, GLCIC)
+    assert loaded.dialect == GLCIC("iizuka").dialect
+    assert loaded.mean_color == (0.5, 0.25, 0.125)
+    ours = loaded.state_dict()
+    for own, name in names_of(GLCIC, "iizuka"):
+        if not own.endswith("num_batches_tracked"):
+            torch.testing.assert_close(ours[own], state[name], rtol=0, atol=0)
+
+
+def test_a_torch7_file_of_something_else(tmp_path):
+    path = write_torch7(
+        tmp_path / "other.t7", table(model=Instance("nn.Linear", table(weight=tensor_of_torch7([[1.0]]))))
+    )
+    with pytest.raises(CheckpointError, match=r"other.t7: .*nn.Linear"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize("model", [DeepFillV1, DeepFillV2])
+def test_jiahuiyus_tensorflow_checkpoints(tmp_path, monkeypatch, model):
+    """With the optimiser's slots and a discriminator, which are not read; the network is one for BGR."""
+    monkeypatch.setattr(tensorflow_bundle_writer, "crc32c", crc32c)  # in Python alone it takes seconds
+    state = tensors(model.__name__, "official")
+    others = {"inpaint_net/conv1/kernel/Adam": torch.zeros(3), "discriminator/conv1/kernel": torch.zeros(3)}
+    arrays = {name: value.numpy() for name, value in (state | others).items()}
+    tensorflow_bundle_writer.write_bundle(tmp_path / "snap-0", arrays)
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/home/somebody/logs/snap-0"\n', encoding="utf-8")
+    for path in (tmp_path, tmp_path / "snap-0", tmp_path / "snap-0.index"):
+        loaded = load_pretrained(path)
+        assert type(loaded) is model
+        assert loaded.dialect == model("official").dialect
+    ours = loaded.state_dict()
+    swapped = (*COLOURS[model].inputs, *COLOURS[model].outputs)
+    for own, name in names_of(model, "official"):
+        expected = state[name].permute(3, 2, 0, 1) if name.endswith("kernel") else state[name]
+        if own.rpartition(".")[0] not in swapped:
+            torch.testing.assert_close(ours[own], expected, rtol=0, atol=0)
+    first = next(own for own, name in names_of(model, "official") if name == "inpaint_net/conv1/kernel")
+    published = state["inpaint_net/conv1/kernel"].permute(3, 2, 0, 1)
+    torch.testing.assert_close(ours[first][:, :3], published[:, [2, 1, 0]], rtol=0, atol=0)
+    torch.testing.assert_close(ours[first][:, 3:], published[:, 3:], rtol=0, atol=0)
+    metadata = convert_checkpoint(tmp_path / "snap-0", tmp_path / "converted.safetensors")
+    assert metadata["source"] == "snap-0.index snap-0.data-00000-of-00001"
+    assert_same_state(load_pretrained(tmp_path / "converted.safetensors"), loaded)
 
 
 # Models in two files --------------------------------------------------------------------------------------------------
