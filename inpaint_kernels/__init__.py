@@ -1,5 +1,6 @@
 """Fused, exact kernels for image inpainting."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from inpaint_kernels import _native
@@ -24,6 +25,7 @@ from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 if TYPE_CHECKING:
     from inpaint_kernels.acceleration import AccelerationReport, ModuleReport, accelerate, accelerated
+    from inpaint_kernels.pipeline import inpaint
 
 __all__ = [
     "PRESETS",
@@ -44,6 +46,7 @@ __all__ = [
     "flow_to_color",
     "gated_conv2d",
     "hog",
+    "inpaint",
     "match_patches",
     "partial_conv2d",
     "patch_vote",
@@ -52,10 +55,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The names of :mod:`inpaint_kernels.acceleration`, whose recipes take a quarter of the time of an import."""
-    if name in ("AccelerationReport", "ModuleReport", "accelerate", "accelerated"):
-        from inpaint_kernels import acceleration
+# Imported when they are asked for: the recipes take a quarter of the time of an import, the models import this package.
+_LAZY = {
+    **dict.fromkeys(("AccelerationReport", "ModuleReport", "accelerate", "accelerated"), "acceleration"),
+    "inpaint": "pipeline",
+}
 
-        return getattr(acceleration, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

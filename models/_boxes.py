@@ -53,10 +53,7 @@ class Box(NamedTuple):
     def meets(self, other: Box) -> bool:
         """Whether they have a pixel in common."""
         return (
-            self.top < other.bottom
-            and other.top < self.bottom
-            and self.left < other.right
-            and other.left < self.right
+            self.top < other.bottom and other.top < self.bottom and self.left < other.right and other.left < self.right
         )
 
 

@@ -224,7 +224,10 @@ class DeepFill(InpaintingModel):
         shared = self._chain(MATCHED).multiply_adds(size)
         if boxes is None:
             stages = (self._chain(COARSE, LAST[0]).multiply_adds(size), self._chain(DILATED).multiply_adds(size))
-            rest = (self._chain(ATTENDED).multiply_adds(features), self._chain(PAINTER, LAST[1]).multiply_adds(features))
+            rest = (
+                self._chain(ATTENDED).multiply_adds(features),
+                self._chain(PAINTER, LAST[1]).multiply_adds(features),
+            )
             return shared + sum(stages) + keys * attended + sum(rest)
         plans = [self._plan(box, size) for box in boxes]
         return shared + sum(plan.multiply_adds + plan.queries.area * attended for plan in plans)

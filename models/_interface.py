@@ -137,7 +137,9 @@ class InpaintingModel(nn.Module):
         """
         height, width = hole.shape
         boxes = [box.grown(around, height, width) for box in connected_boxes(hole)]
-        if boxes and self.needed_regions(boxes[0], height, width) is None:
+        if not boxes:
+            return []
+        if self.needed_regions(boxes[0], height, width) is None:
             return None
         shared = self.multiply_adds([], height, width)
         return merged(boxes, lambda box: self.multiply_adds([box], height, width) - shared)
@@ -177,13 +179,13 @@ class InpaintingModel(nn.Module):
         parts = []
         for i, wanted in enumerate(boxes):
             one = slice(i, i + 1)
-            own = {name: _of_sample(value, i, len(boxes)) for name, value in guidance.items()}
+            own = {name: of_sample(value, i, len(boxes)) for name, value in guidance.items()}
             parts.append(self.paint(image[one], hole[one], boxes=wanted or None, **own))
         fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
         return InpaintResult(*fields)
 
 
-def _of_sample(value: Any, i: int, batch: int) -> Any:
+def of_sample(value: Any, i: int, batch: int) -> Any:
     """What guides one image of a batch; a map of batch 1 guides all."""
     return value[i : i + 1] if isinstance(value, Tensor) and value.shape[0] == batch else value
 

@@ -138,7 +138,7 @@ FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
-    "__init__": {*FOUNDATION, "acceleration", "flow_color", "ops"},
+    "__init__": {*FOUNDATION, "flow_color", "ops"},
     "__main__": {"cli"},
     "_backends": {"_compile", "_native"},
     "_checks": {"_compile"},
@@ -146,19 +146,21 @@ MAY_IMPORT = {
     "_native": {"_compile"},
     "_packed_weights": set(),
     "acceleration": {"recipes"},
-    "cli": {"comparison", "images", "info", "inpaint", "masks", "panels", PUBLIC},
+    "cli": {"comparison", "images", "info", "masks", "panels", "photo", PUBLIC},
     "comparison": {PUBLIC},
     "drop_in": {"_checks", "flow_color", "ops"},
     "flow_color": {"_checks"},
     "images": set(),
     "info": {"_backends", "_native"},
-    "inpaint": {"images", "masks", "models"},
     "masks": set(),
     "models": {"_checks", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
     "panels": {"images", PUBLIC},
+    "photo": {"images", "masks", "models"},
+    "photo_tensors": {"_checks", "images"},
+    "pipeline": {"_checks", "models", "photo_tensors"},
     "portable": {"portable"},
     "recipes": {"flow_color", "ops", "recipes"},
     "reference": {"reference"},
@@ -174,10 +176,11 @@ THIRD_PARTY = {
     "drop_in": {"numpy"},
     "images": {"PIL", "numpy"},
     "info": {"rich"},
-    "inpaint": {"numpy"},
     "masks": {"PIL", "numpy"},
     "models": {"skimage"},
     "panels": {"PIL", "numpy"},
+    "photo": {"numpy"},
+    "photo_tensors": {"PIL", "numpy"},
     "triton_kernels": {"triton"},
 }
 
@@ -191,14 +194,19 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def imported_names(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports: `a.b` for `import a.b` and for `from a import b`."""
+    """Dotted names that a file imports when it runs: `a.b` for `import a.b` and for `from a import b`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _is_for_type_checkers(node))]
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_for_type_checkers(node: ast.If) -> bool:
+    return ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def imported_layers(path: Path, *, top_level_only: bool = False) -> set[str]:

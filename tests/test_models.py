@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch
 from inpaint_kernels.models import deepfill_v1, deepfill_v2, glcic, key_maps, partial_conv_unet
-from inpaint_kernels.models._deepfill import Dialect as DeepFillDialect
 from inpaint_kernels.models._boxes import Box, bounding_box
+from inpaint_kernels.models._deepfill import Dialect as DeepFillDialect
 from inpaint_kernels.models._interface import InpaintingModel
 from inpaint_kernels.models._regions import Window
 from inpaint_kernels.models.deepfill_v1 import DeepFillV1
