@@ -35,7 +35,7 @@ from benches import harness
 from benches import hog_case as gradients
 from inpaint_kernels import comparison, masks, panels
 from inpaint_kernels.images import Photo, read_photo, write_photo
-from inpaint_kernels.inpaint import fill_photo
+from inpaint_kernels.photo import fill_photo
 
 Mask = NDArray[np.bool_]
 

@@ -105,7 +105,7 @@ def _runner(case: ModelCase, name: str) -> Callable[[], Outputs]:
     image, mask = _photos(case)
     if name in (OURS, HOLE):
         model = pair.load_ours(network)
-        return functools.partial(_fill, pair, model, image, mask, "hole" if name == HOLE else "image")
+        return functools.partial(_fill, pair, model, image, mask, "hole" if name == HOLE else "full")
     if name == PUBLISHED_LAST:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         image, mask = (x.contiguous(memory_format=torch.channels_last) for x in (image, mask))

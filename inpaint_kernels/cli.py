@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from inpaint_kernels import catalogue, comparison, images, info, masks, panels
-from inpaint_kernels.inpaint import FilledPhoto, fill_photo
+from inpaint_kernels.photo import FilledPhoto, fill_photo
 
 app = typer.Typer(
     name="inpaint-kernels",

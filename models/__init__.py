@@ -1,6 +1,7 @@
 """Models and methods built on the public ops."""
 
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult
 from inpaint_kernels.models.csa import CSA
 from inpaint_kernels.models.deepfill_v1 import DeepFillV1
 from inpaint_kernels.models.deepfill_v2 import DeepFillV2

@@ -11,14 +11,14 @@ one width (v1: 32; v2: 24 behind the gate)::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, check_guidance, complete
 from inpaint_kernels.models._layers import Convolution
-from inpaint_kernels.models._networks import check_least_size
 from inpaint_kernels.models._regions import Chain, Plan, pasted
 from torch import Tensor
 
@@ -134,6 +134,11 @@ class _Plan:
         queries = Box(top // RATE, left // RATE, -(-bottom // RATE), -(-right // RATE))
         object.__setattr__(self, "queries", queries)
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of the convolutions."""
+        return sum(plan.multiply_adds for plan in (self.coarse, self.dilated, self.attended, self.painter))
+
 
 class DeepFill(InpaintingModel):
     """Two stages that paint, the second one with contextual attention.
@@ -144,12 +149,15 @@ class DeepFill(InpaintingModel):
     """
 
     size_multiple: ClassVar[int] = 8
+    least_size: int = 8
 
     gated: ClassVar[bool]
 
     def __init__(self, dialect: Dialect, guided: bool = False) -> None:
         super().__init__()
         self.dialect, self.guided = dialect, guided
+        if dialect.border == "reflect":
+            self.least_size = 72  # 16 features are mirrored
         channels = 3 + guided + dialect.ones + 1
         second = 3 + (dialect.ones + 1 if dialect.indicators else 0)
         width, painter_width = dialect.width, dialect.painter_width or dialect.width
@@ -207,6 +215,23 @@ class DeepFill(InpaintingModel):
         attention = {"contextual_attention": plan.queries}
         return plan.coarse.boxes | plan.dilated.boxes | matched | attention | plan.attended.boxes | plan.painter.boxes
 
+    def multiply_adds(self, boxes: Sequence[Box] | None, height: int, width: int) -> int:
+        """See :meth:`._interface.InpaintingModel.multiply_adds`; all boxes share the attention's keys."""
+        size, features = (height, width), (height // 4, width // 4)
+        keys = features[0] // RATE * (features[1] // RATE)
+        channels = self.layer(MATCHED[-1].name).channels
+        attended = (1 + RATE**2) * channels * keys  # for each query: its scores, and the features that it pastes
+        shared = self._chain(MATCHED).multiply_adds(size)
+        if boxes is None:
+            stages = (self._chain(COARSE, LAST[0]).multiply_adds(size), self._chain(DILATED).multiply_adds(size))
+            rest = (
+                self._chain(ATTENDED).multiply_adds(features),
+                self._chain(PAINTER, LAST[1]).multiply_adds(features),
+            )
+            return shared + sum(stages) + keys * attended + sum(rest)
+        plans = [self._plan(box, size) for box in boxes]
+        return shared + sum(plan.multiply_adds + plan.queries.area * attended for plan in plans)
+
     def _plan(self, box: Box, size: tuple[int, int]) -> _Plan:
         features = (size[0] // 4, size[1] // 4)
         painter = self._chain(PAINTER, LAST[1]).plan(box, features)
@@ -224,47 +249,50 @@ class DeepFill(InpaintingModel):
         image: Tensor,
         hole: Tensor,
         *,
-        box: Box | None = None,
+        boxes: Sequence[Box] | None = None,
         sketch: Tensor | None = None,
         return_attention: bool = False,
     ) -> InpaintResult:
-        """Fill the holes of checked images; where borders mirror, of at least 72 pixels (16 features are mirrored).
+        """Fill the holes of checked images.
 
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
             hole: bool [B, 1, H, W].
-            box: only these pixels are wanted; None: all.
+            boxes: only these pixels are wanted; None: all.
             sketch: [B or 1, 1, H, W] in [0, 1], lines to follow; what is above 0.6 in the hole is one. Only, and then
                 always, for a guided network.
-            return_attention: whether the result's ``attention`` is wanted; None of it is computed outside ``box``.
+            return_attention: whether the result's ``attention`` is wanted; none of it is computed outside ``boxes``.
         """
-        check_least_size(image, 72 if self.dialect.border == "reflect" else self.size_multiple)
-        plan = None if box is None else self._plan(box, (image.shape[2], image.shape[3]))
+        size = (image.shape[2], image.shape[3])
+        plans = [None] if boxes is None else [self._plan(box, size) for box in boxes]
         known, mask = self._scale(image, hole), hole.to(image.dtype)
         lines = self._lines(sketch, image, hole)
         indicators = [torch.ones_like(mask), mask] if self.dialect.ones else [mask]
         first = torch.cat([known, *lines, *indicators], 1)
-        coarse = self._squash(self._chain(COARSE, LAST[0]).run(first, plan and plan.coarse))
-        coarse = pasted(coarse, known, box)
+        stage = self._chain(COARSE, LAST[0])
+        coarse = pasted((self._squash(stage.run(first, plan and plan.coarse)) for plan in plans), known, boxes)
         second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
         second = second.contiguous(memory_format=torch.channels_last)  # once, for both branches
-        painted, attention = self._refine(second, mask, plan, return_attention)
-        output = self._unscale(pasted(painted, known, box))
+        attended, attention = self._attend(self._chain(MATCHED)(second), mask, plans, return_attention)
+        painted = (self._refine(second, attended, plan) for plan in plans)
+        output = self._unscale(pasted(painted, known, boxes))
         return InpaintResult(output, complete(image, output, hole), self._unscale(coarse), attention)
 
-    def _refine(
-        self, second: Tensor, mask: Tensor, plan: _Plan | None, return_attention: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _refine(self, second: Tensor, attended: Tensor, plan: _Plan | None) -> Tensor:
         dilated = self._chain(DILATED).run(second, plan and plan.dilated)
-        matched = self._chain(MATCHED)(second)
-        attended, attention = self._attend(matched, mask, plan and plan.queries, return_attention)
         attended = self._chain(ATTENDED).run(attended, plan and plan.attended)
         both = torch.cat([dilated, attended], 1).contiguous(memory_format=torch.channels_last)
-        return self._squash(self._chain(PAINTER, LAST[1])(both, plan and plan.painter)), attention
+        return self._squash(self._chain(PAINTER, LAST[1])(both, plan and plan.painter))
 
     def _attend(
-        self, matched: Tensor, mask: Tensor, queries: Box | None, return_attention: bool
+        self, matched: Tensor, mask: Tensor, plans: Sequence[_Plan | None], return_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
+        queries = None
+        wanted = [plan.queries for plan in plans if plan is not None]
+        if len(wanted) == len(plans):
+            queries = torch.zeros(matched.shape[2] // RATE, matched.shape[3] // RATE, dtype=torch.bool, device="cpu")
+            for box in wanted:
+                queries[box.top : box.bottom, box.left : box.right] = True
         options: dict[str, Any] = {"preset": self.dialect.attention, "fuse": self.dialect.fuse, "mask_batch": "each"}
         if return_attention:
             result = contextual_attention(matched, matched, mask, queries=queries, return_offsets=True, **options)

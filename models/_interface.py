@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from inpaint_kernels.models._boxes import Box, connected_boxes, merged
 from torch import Tensor, nn
 
 from inpaint_kernels._checks import (
@@ -18,26 +19,8 @@ from inpaint_kernels._checks import (
 
 D = TypeVar("D")
 
-REGIONS = ("image", "hole")
+REGIONS = ("full", "hole")
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels, the ends exclusive."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.bottom - self.top, self.right - self.left
-
-    def of(self, x: Tensor) -> Tensor:
-        """This part of maps [B, C, H, W], a view."""
-        return x[:, :, self.top : self.bottom, self.left : self.right]
 
 
 class InpaintResult(NamedTuple):
@@ -45,7 +28,7 @@ class InpaintResult(NamedTuple):
 
     Attributes:
         output: [B, 3, H, W], what the network paints; a network that ends without a bound may leave [0, 1]. With
-            ``region="hole"`` only the hole's box is painted; around it stands the image, black in the hole.
+            ``region="hole"`` only the boxes of the holes are painted; around them stands the image.
         completed: [B, 3, H, W], ``output`` in the hole, within [0, 1]; the image around it, bit for bit.
         coarse: [B, 3, H, W], what the first of two stages paints; None where there is one stage.
         attention: [B, 2, h, w] int64, rows and columns from each position to the one whose patch it takes most of; None
@@ -72,15 +55,21 @@ class InpaintingModel(nn.Module):
     size_multiple: ClassVar[int] = 1
     """Height and width must be multiples of it."""
 
-    def forward(self, image: Tensor, mask: Tensor, *, region: str = "image", **guidance: Any) -> InpaintResult:
+    least_size: int = 1
+    """Height and width must not be smaller."""
+
+    def forward(
+        self, image: Tensor, mask: Tensor, *, region: str | Sequence[Box] = "full", **guidance: Any
+    ) -> InpaintResult:
         """Fill the hole of each image.
 
         Args:
             image: [B, 3, H, W] RGB, values in [0, 1], in the dtype of the parameters; H and W multiples of
-                ``size_multiple``. What it holds in the hole is not looked at.
+                ``size_multiple``, from ``least_size`` on. What it holds in the hole is not looked at.
             mask: [B or 1, 1, H, W], bool, uint8 or floating; hole where it is larger than 0.5.
-            region: "image", or "hole": only what the pixels of the hole depend on is computed, equal there up to
-                rounding. Where that is everything (:meth:`needed_regions` is None), the whole image is.
+            region: "full"; "hole": only what the pixels of the holes depend on is computed, equal there up to
+                rounding; or the boxes of the image that are wanted, for every image of the batch. Where one box needs
+                everything (:meth:`needed_regions` is None), everything is computed.
             **guidance: what else the network takes, see :meth:`paint` of its class.
 
         Returns:
@@ -89,20 +78,24 @@ class InpaintingModel(nn.Module):
         Raises:
             ValueError, TypeError: an argument has the wrong rank, size, dtype or device; the message names it.
         """
-        check_choice("region", region, REGIONS)
         hole = self._check(image, mask)
         image = image.masked_fill(hole, 0)
+        if not isinstance(region, str):
+            return self.paint(image, hole, boxes=self._check_boxes(region, image), **guidance)
+        check_choice("region", region, REGIONS)
         if region == "hole" and not torch.compiler.is_compiling():
             return self._paint_holes(image, hole, guidance)
         return self.paint(image, hole, **guidance)
 
-    def paint(self, image: Tensor, hole: Tensor, *, box: Box | None = None, **guidance: Any) -> InpaintResult:
+    def paint(
+        self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None, **guidance: Any
+    ) -> InpaintResult:
         """Fill the holes of checked images.
 
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
             hole: bool [B, 1, H, W].
-            box: only these pixels are wanted; None: all. Given only where :meth:`needed_regions` is not None.
+            boxes: only these pixels are wanted; None: all. Given only where :meth:`needed_regions` is not None.
             **guidance: of the network.
         """
         raise NotImplementedError
@@ -120,6 +113,37 @@ class InpaintingModel(nn.Module):
         """
         return None
 
+    def multiply_adds(self, boxes: Sequence[Box] | None, height: int, width: int) -> int:
+        """The products that filling one image takes, a measure of its time.
+
+        Args:
+            boxes: those wanted of the image; None: all of it.
+            height: of the image.
+            width: of the image.
+
+        Defined where :meth:`needed_regions` is not None.
+        """
+        raise NotImplementedError
+
+    def hole_boxes(self, hole: Tensor, around: int = 0) -> list[Box] | None:
+        """The boxes to paint for the holes of one image: one for each, or for several where that is less work.
+
+        Args:
+            hole: bool [H, W].
+            around: pixels around the holes that are wanted too.
+
+        Returns:
+            Disjoint boxes, none without a hole; None if the model needs the whole image in any case.
+        """
+        height, width = hole.shape
+        boxes = [box.grown(around, height, width) for box in connected_boxes(hole)]
+        if not boxes:
+            return []
+        if self.needed_regions(boxes[0], height, width) is None:
+            return None
+        shared = self.multiply_adds([], height, width)
+        return merged(boxes, lambda box: self.multiply_adds([box], height, width) - shared)
+
     def _check(self, image: Tensor, mask: Tensor) -> Tensor:
         sizes = check_shape("image", image, "B 3 H W")
         check_floating("image", image)
@@ -131,37 +155,46 @@ class InpaintingModel(nn.Module):
                 f"image: expected a height and width that are multiples of {self.size_multiple}, "
                 f"got {image.shape[2]} x {image.shape[3]}"
             )
+        check_least_size(image, self.least_size)
         hole = mask if mask.dtype == torch.bool else mask > 0.5
         return hole.expand(image.shape[0], -1, -1, -1)
 
+    def _check_boxes(self, boxes: Sequence[Box], image: Tensor) -> list[Box] | None:
+        """The boxes, inside the image; None where one needs everything."""
+        height, width = image.shape[2:]
+        wanted = [Box(*box) for box in boxes]
+        for box in wanted:
+            if not (0 <= box.top < box.bottom <= height and 0 <= box.left < box.right <= width):
+                raise ValueError(f"region: expected boxes (top, left, bottom, right) in {height} x {width}, got {box}")
+        if wanted and self.needed_regions(wanted[0], height, width) is None:
+            return None
+        return wanted
+
     def _paint_holes(self, image: Tensor, hole: Tensor, guidance: dict[str, Any]) -> InpaintResult:
-        """Each image's own box alone, all in one run where the boxes are the same."""
-        boxes = [bounding_box(h[0]) for h in hole]
+        """Each image's own boxes alone, all in one run where these are the same."""
+        boxes = [self.hole_boxes(h[0]) for h in hole]
         first = boxes[0]
-        if first is None or self.needed_regions(first, image.shape[2], image.shape[3]) is None:
-            return self.paint(image, hole, **guidance)
-        if len(set(boxes)) == 1:
-            return self.paint(image, hole, box=first, **guidance)
+        if all(own == first for own in boxes):
+            return self.paint(image, hole, boxes=first or None, **guidance)
         parts = []
-        for i, box in enumerate(boxes):
+        for i, wanted in enumerate(boxes):
             one = slice(i, i + 1)
-            own = {name: _of_sample(value, i, len(boxes)) for name, value in guidance.items()}
-            parts.append(self.paint(image[one], hole[one], box=box, **own))
+            own = {name: of_sample(value, i, len(boxes)) for name, value in guidance.items()}
+            parts.append(self.paint(image[one], hole[one], boxes=wanted or None, **own))
         fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
         return InpaintResult(*fields)
 
 
-def _of_sample(value: Any, i: int, batch: int) -> Any:
+def of_sample(value: Any, i: int, batch: int) -> Any:
     """What guides one image of a batch; a map of batch 1 guides all."""
     return value[i : i + 1] if isinstance(value, Tensor) and value.shape[0] == batch else value
 
 
-def bounding_box(hole: Tensor) -> Box | None:
-    """The box of the True pixels of a bool [H, W]; None if there are none."""
-    rows, columns = (hole.any(dim).nonzero() for dim in (1, 0))
-    if not len(rows):
-        return None
-    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+def check_least_size(image: Tensor, least: int) -> None:
+    """Raises ValueError where H or W of [B, C, H, W] is smaller than the networks take."""
+    if min(image.shape[2:]) < least:
+        got = " x ".join(map(str, image.shape[2:]))
+        raise ValueError(f"image: expected a height and width of at least {least}, got {got}")
 
 
 def complete(image: Tensor, output: Tensor, hole: Tensor) -> Tensor:

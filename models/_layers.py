@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from inpaint_kernels.models._interface import Box
+from inpaint_kernels.models._boxes import Box
 from inpaint_kernels.models._regions import Part, Window
 from torch import Tensor, nn
 
@@ -47,7 +47,8 @@ class Convolution(nn.Module):
         super().__init__()
         check_choice("border", border, BORDERS)
         self.conv = nn.Conv2d(in_channels, 2 * channels if gated else channels, kernel, stride, dilation=dilation)
-        self.activation, self.gated, self.border, self.upsample = activation, gated, border, upsample
+        self.channels, self.activation, self.gated = channels, activation, gated
+        self.border, self.upsample = border, upsample
 
     def forward(self, x: Tensor, part: Part | None = None) -> Tensor:
         """[B, Cin, H, W] -> [B, channels, H * upsample / stride, W * upsample / stride], or a part of it."""
@@ -55,6 +56,11 @@ class Convolution(nn.Module):
         convolve = self._gated if self.gated else self._plain
         y = convolve(x, padding, "reflect" if self.border == "reflect" else "zeros")
         return y if part is None else part.crop(y)
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds for one pixel of the output."""
+        return self.conv.weight.numel()
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the output."""

@@ -1,4 +1,4 @@
-"""What the networks of several papers share: initial weights, the least size of images, the layout of maps."""
+"""What the networks of several papers share: initial weights, the layout of maps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,6 @@ def init_normal(layer: nn.Module) -> None:
         nn.init.normal_(getattr(layer, "weight_orig", layer.weight), 0.0, 0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def check_least_size(image: Tensor, least: int) -> None:
-    """Raises ValueError where H or W of [B, C, H, W] is smaller than the networks take."""
-    if min(image.shape[2:]) < least:
-        got = " x ".join(map(str, image.shape[2:]))
-        raise ValueError(f"image: expected a height and width of at least {least}, got {got}")
 
 
 def fastest_layout(x: Tensor) -> Tensor:

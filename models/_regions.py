@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from inpaint_kernels.models._interface import Box
+from inpaint_kernels.models._boxes import Box
 from torch import Tensor
 
 
@@ -93,6 +93,10 @@ class Part(NamedTuple):
 class Layer(Protocol):
     """A layer whose outputs see a window of its input."""
 
+    @property
+    def products(self) -> int:
+        """Multiply-adds for one pixel of its output, all channels together."""
+
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of its output."""
 
@@ -110,10 +114,12 @@ class Plan:
     Attributes:
         source: what it reads of its input.
         parts: each layer's part, by name, first layer first.
+        multiply_adds: that it takes.
     """
 
     source: Box
     parts: Mapping[str, Part]
+    multiply_adds: int
 
     @property
     def boxes(self) -> dict[str, Box]:
@@ -138,10 +144,20 @@ class Chain:
             sizes.append(size)
             size = layer.output_size(size)
         parts: dict[str, Part] = {}
+        work = 0
         for (name, layer), size in zip(reversed(self.layers.items()), reversed(sizes), strict=True):
             parts[name] = layer.part(wanted, size)
+            work += wanted.area * layer.products
             wanted = parts[name].source
-        return Plan(wanted, dict(reversed(parts.items())))
+        return Plan(wanted, dict(reversed(parts.items())), work)
+
+    def multiply_adds(self, size: tuple[int, int]) -> int:
+        """What the whole output takes for a map of ``size``."""
+        work = 0
+        for layer in self.layers.values():
+            size = layer.output_size(size)
+            work += size[0] * size[1] * layer.products
+        return work
 
     def __call__(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """The output for a whole map; or the plan's box of it, for the plan's source alone."""
@@ -155,10 +171,12 @@ class Chain:
         return self(source.contiguous(memory_format=torch.channels_last), plan)
 
 
-def pasted(painted: Tensor, whole: Tensor, box: Box | None) -> Tensor:
-    """A copy of the whole maps with what was painted in the box; without a box, that is all of them."""
-    if box is None:
-        return painted.contiguous()
+def pasted(painted: Iterable[Tensor], whole: Tensor, boxes: Sequence[Box] | None) -> Tensor:
+    """A copy of the whole maps with what was painted in each box; without boxes, that is all of them, once."""
+    if boxes is None:
+        (everything,) = painted
+        return everything.contiguous()
     result = whole.clone()
-    box.of(result).copy_(painted)
+    for part, box in zip(painted, boxes, strict=True):
+        box.of(result).copy_(part)
     return result

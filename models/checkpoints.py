@@ -194,7 +194,7 @@ def convert(layout: Layout, state: State) -> Converted:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """Contiguous in a storage of its own, and if floating in float32, in which half precision too is meant to be run."""
+    """Contiguous in a storage of its own; floating values in float32, in which those in half precision are run too."""
     tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()

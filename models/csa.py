@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete
-from inpaint_kernels.models._networks import check_least_size, fastest_layout, init_normal
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, check_least_size, complete
+from inpaint_kernels.models._networks import fastest_layout, init_normal
 from inpaint_kernels.models._norms import InstanceNorm
 from torch import Tensor, nn
 
@@ -412,16 +414,17 @@ class CSA(InpaintingModel):
     ) -> None:
         super().__init__()
         self.depth = depth
+        self.least_size = 2**depth
         self.coarse_generator = CoarseGenerator(channels, depth)
         self.refinement_generator = RefinementGenerator(channels, depth, variant=variant, gradient=gradient)
 
-    def paint(self, image: Tensor, hole: Tensor, *, box: Box | None = None) -> InpaintResult:
+    def paint(self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None) -> InpaintResult:
         """Fill the holes of checked images, H and W multiples of 8 from 2^depth (256) on.
 
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
             hole: bool [B, 1, H, W]; some position of an eighth of the size must stay unmasked.
-            box: must be None: the instance norms see the whole image.
+            boxes: must be None: the instance norms see the whole image.
 
         Returns:
             ``output``, ``completed`` and ``coarse``, in [0, 1].
@@ -441,7 +444,7 @@ class CSA(InpaintingModel):
             hole: bool [B or 1, 1, H, W].
             return_features: whether to return what the consistency loss compares.
         """
-        check_least_size(image, 2**self.depth)
+        check_least_size(image, self.least_size)
         image = 2 * image - 1
         fill = (2 / 255 * image.new_tensor(_FILL) - 1).view(1, 3, 1, 1)
         coarse = self.coarse_generator(torch.where(hole, fill, image))

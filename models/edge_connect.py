@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
-from inpaint_kernels.models._networks import check_least_size, fastest_layout, init_normal
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, check_guidance, complete
+from inpaint_kernels.models._networks import fastest_layout, init_normal
 from inpaint_kernels.models._norms import instance_norm
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
@@ -268,6 +269,7 @@ class EdgeConnect(InpaintingModel):
     """
 
     size_multiple: ClassVar[int] = 4
+    least_size: int = 12
 
     def __init__(self, residual_blocks: int = 8) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ class EdgeConnect(InpaintingModel):
         image: Tensor,
         hole: Tensor,
         *,
-        box: Box | None = None,
+        boxes: Sequence[Box] | None = None,
         edges: Tensor | None = None,
         canny_edges: Tensor | None = None,
         sigma: float = 2.0,
@@ -290,7 +292,7 @@ class EdgeConnect(InpaintingModel):
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
             hole: bool [B, 1, H, W].
-            box: must be None: the instance norms see the whole image.
+            boxes: must be None: the instance norms see the whole image.
             edges: [B or 1, 1, H, W], 1 on edges: a drawing to fill the hole along, for editing. In the hole it stands
                 instead of the predicted edges, around it the known ones stay; the edge generator does not run.
             canny_edges: [B or 1, 1, H, W], 1 on edges: the known edges, where Canny's are at hand or others are
@@ -307,7 +309,6 @@ class EdgeConnect(InpaintingModel):
             ValueError, TypeError: an argument has the wrong shape, dtype or value; the message names it.
             ModuleNotFoundError: scikit-image is absent and there are no ``canny_edges``.
         """
-        check_least_size(image, 12)
         drawing = None if edges is None else check_guidance("edges", edges, image)
         if canny_edges is None:
             known = canny(image, hole, sigma)

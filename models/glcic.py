@@ -6,14 +6,15 @@ Iizuka, Simo-Serra, Ishikawa, Globally and Locally Consistent Image Completion, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from inpaint_kernels.models._batch_norm import Convolutional, fold
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete, named
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, complete, named
 from inpaint_kernels.models._regions import Chain, Part, Plan, Span, Window, pasted
 from torch import Tensor, nn
 
@@ -124,12 +125,19 @@ class GLCIC(InpaintingModel):
         """Boxes by the table's names. In training the batch norms need every pixel."""
         return None if self.training else self._chain().plan(hole, (height, width)).boxes
 
-    def paint(self, image: Tensor, hole: Tensor, *, box: Box | None = None) -> InpaintResult:
+    def multiply_adds(self, boxes: Sequence[Box] | None, height: int, width: int) -> int:
+        """See :meth:`._interface.InpaintingModel.multiply_adds`."""
+        chain, size = self._chain(), (height, width)
+        if boxes is None:
+            return chain.multiply_adds(size)
+        return sum(chain.plan(box, size).multiply_adds for box in boxes)
+
+    def paint(self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None) -> InpaintResult:
         """Fill the holes of checked images, see :meth:`._interface.InpaintingModel.paint`; nothing guides it."""
         x = torch.cat([self._scale(image, hole), hole.to(image.dtype)], 1)
-        plan = None if box is None else self._chain().plan(box, (image.shape[2], image.shape[3]))
-        painted = self._paint(x, plan)
-        output = pasted(painted, image, box)
+        size = (image.shape[2], image.shape[3])
+        plans = [None] if boxes is None else [self._chain().plan(box, size) for box in boxes]
+        output = pasted((self._paint(x, plan) for plan in plans), image, boxes)
         return InpaintResult(output, complete(image, output, hole))
 
     def _paint(self, x: Tensor, plan: Plan | None) -> Tensor:
@@ -181,6 +189,12 @@ class _Block:
             return y
         y = norm(y)
         return y if self.relu_first else F.relu(y, inplace=True)
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds for one pixel of the output; enlarging by 2, each of them sees a quarter of the taps."""
+        enlarged = self.convolution.stride[0] ** 2 if isinstance(self.convolution, nn.ConvTranspose2d) else 1
+        return self.convolution.weight.numel() // enlarged
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, part: Part | None) -> Tensor:
         """Convolution and activation of the whole map, or of what a part reads."""

@@ -6,12 +6,13 @@ taken from EdgeConnect, whose two generators it is drawn with, so that EdgeConne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, check_guidance, complete
-from inpaint_kernels.models._networks import check_least_size
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, check_guidance, complete
 from inpaint_kernels.models.edge_connect import (
     Discriminator,
     EdgeGenerator,
@@ -64,6 +65,7 @@ class GuidedFace(InpaintingModel):
     """
 
     size_multiple: ClassVar[int] = CELL
+    least_size: int = 2 * CELL
 
     def __init__(self, gh_input: str = "masked", residual_blocks: int = 8) -> None:
         super().__init__()
@@ -73,14 +75,14 @@ class GuidedFace(InpaintingModel):
         self.inpaint_generator = InpaintGenerator(residual_blocks)
 
     def paint(
-        self, image: Tensor, hole: Tensor, *, box: Box | None = None, ground_truth: Tensor | None = None
+        self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None, ground_truth: Tensor | None = None
     ) -> InpaintResult:
         """Fill the holes of checked images, H and W from 16 on.
 
         Args:
             image: [B, 3, H, W] RGB in [0, 1], 0 in the hole.
             hole: bool [B, 1, H, W].
-            box: must be None: the instance norms see the whole image.
+            boxes: must be None: the instance norms see the whole image.
             ground_truth: [B or 1, 3, H, W], the image without a hole, for ``gh_input="literal"`` alone; None: the
                 image with a white hole stands in its place.
 
@@ -90,7 +92,6 @@ class GuidedFace(InpaintingModel):
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or value; the message names it.
         """
-        check_least_size(image, 2 * CELL)
         touched = touched_cells(hole)
         known = hog_target(to_gray(image)).masked_fill(touched, 0)
         if self.gh_input == "literal":

@@ -7,14 +7,15 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from inpaint_kernels.models._batch_norm import fold
-from inpaint_kernels.models._interface import Box, InpaintingModel, InpaintResult, complete, named
+from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, complete, named
 from torch import Tensor, nn
 
 from inpaint_kernels import partial_conv2d
@@ -77,6 +78,7 @@ class PartialConvUNet(InpaintingModel):
     """
 
     size_multiple: ClassVar[int] = 2**LEVELS
+    least_size: int = 2**LEVELS
 
     def __init__(self, dialect: str | Dialect = "naoto") -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class PartialConvUNet(InpaintingModel):
             block = _Block(joined, joined[1], 3, 1, rule, bias=last, norm=not last, slope=None if last else 0.2)
             self.add_module(f"dec_{level}", block)
 
-    def paint(self, image: Tensor, hole: Tensor, *, box: Box | None = None) -> InpaintResult:
+    def paint(self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None) -> InpaintResult:
         """Fill the holes of checked images, see :meth:`._interface.InpaintingModel.paint`; nothing guides it."""
         mean, deviation = (image.new_tensor(v).view(3, 1, 1) for v in (self.dialect.mean, self.dialect.deviation))
         known = (~hole).to(image.dtype)

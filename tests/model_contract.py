@@ -197,7 +197,7 @@ def errors_name_the_argument(case: Case) -> None:
     for arguments, error, message in wrong:
         with pytest.raises(error, match=message):
             case.run(*arguments, **guidance)
-    with pytest.raises(ValueError, match="region: expected one of 'image', 'hole'"):
+    with pytest.raises(ValueError, match="region: expected one of 'full', 'hole'"):
         case.run(image, mask, region="all")
     with pytest.raises(TypeError, match="no_such_guidance"):
         case.run(image, mask, no_such_guidance=1)

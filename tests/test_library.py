@@ -149,19 +149,21 @@ MAY_IMPORT = {
     "acceleration": {"recipes"},
     "catalogue": {"models"},
     "checkpoint_files": {"checkpoint_files"},
-    "cli": {"catalogue", "comparison", "images", "info", "inpaint", "masks", "panels", "pretrained", PUBLIC},
+    "cli": {"catalogue", "comparison", "images", "info", "masks", "panels", "photo", "pretrained", PUBLIC},
     "comparison": {PUBLIC},
     "drop_in": {"_checks", "flow_color", "ops"},
     "flow_color": {"_checks"},
     "images": {"_files"},
     "info": {"_backends", "_native"},
-    "inpaint": {"images", "masks", "models"},
     "masks": set(),
     "models": {"_checks", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
     "panels": {"images", PUBLIC},
+    "photo": {"images", "masks", "models"},
+    "photo_tensors": {"_checks", "images"},
+    "pipeline": {"_checks", "models", "photo_tensors"},
     "portable": {"portable"},
     "pretrained": {"_files", "checkpoint_files", "models"},
     "recipes": {"flow_color", "ops", "recipes"},
@@ -180,10 +182,11 @@ THIRD_PARTY = {
     "drop_in": {"numpy"},
     "images": {"PIL", "numpy"},
     "info": {"rich"},
-    "inpaint": {"numpy"},
     "masks": {"PIL", "numpy"},
     "models": {"skimage"},
     "panels": {"PIL", "numpy"},
+    "photo": {"numpy"},
+    "photo_tensors": {"PIL", "numpy"},
     "pretrained": {"safetensors"},
     "triton_kernels": {"triton"},
 }
@@ -198,22 +201,19 @@ def source_files() -> Iterator[tuple[str, Path]]:
 
 
 def imported_names(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports, but for type checkers: `a.b` for `import a.b` and for `from a import b`."""
+    """Dotted names that a file imports when it runs: `a.b` for `import a.b` and for `from a import b`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_checkers = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and _is_for_type_checkers(node))]
     for node in tree.body if top_level_only else ast.walk(tree):
-        if node in for_checkers:
-            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_for_type_checkers(node: ast.If) -> bool:
+    return ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def imported_layers(path: Path, *, top_level_only: bool = False) -> set[str]:

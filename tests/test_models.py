@@ -14,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 from inpaint_kernels.models import deepfill_v1, deepfill_v2, glcic, key_maps, partial_conv_unet
+from inpaint_kernels.models._boxes import Box, bounding_box
 from inpaint_kernels.models._deepfill import Dialect as DeepFillDialect
-from inpaint_kernels.models._interface import Box, InpaintingModel, bounding_box
+from inpaint_kernels.models._interface import InpaintingModel
 from inpaint_kernels.models._regions import Window
 from inpaint_kernels.models.deepfill_v1 import DeepFillV1
 from inpaint_kernels.models.deepfill_v2 import DeepFillV2, SNPatchGAN
@@ -255,7 +256,7 @@ ERRORS = [
     ({"mask": torch.zeros(1, 1, 32, 64)}, ValueError, r"mask: expected shape \[B\|1, 1, H, W\] with B=1, H=64, W=64"),
     ({"mask": torch.zeros(1, 1, 64, 64, dtype=torch.int64)}, TypeError, "mask: expected torch.bool or torch.uint8"),
     ({"mask": torch.zeros(1, 1, 64, 64, device="meta")}, ValueError, "image, mask: expected one device"),
-    ({"region": "holes"}, ValueError, "region: expected one of 'image', 'hole', got 'holes'"),
+    ({"region": "holes"}, ValueError, "region: expected one of 'full', 'hole', got 'holes'"),
     ({"sketch": torch.zeros(1, 1, 64, 64)}, ValueError, "sketch: expected None for a network without guidance"),
 ]
 

@@ -254,10 +254,8 @@ def layer_of_torch7(number: int, state: dict[str, Tensor]) -> Instance:
     if "weight" not in fields:
         return Instance("nn.Sigmoid" if number == 49 else "nn.ReLU", table(inplace=True))
     enlarges = fields["weight"].shape[-1] == 4
-    kind = (
-        "SpatialFullConvolution" if enlarges else "SpatialDilatedConvolution" if number == 18 else "SpatialConvolution"
-    )
-    return Instance(f"nn.{kind}", table(kW=3, kH=3, **values))
+    kind = "Full" if enlarges else "Dilated" if number == 18 else ""
+    return Instance(f"nn.Spatial{kind}Convolution", table(kW=3, kH=3, **values))
 
 
 def test_iizukas_torch7_file(tmp_path):
@@ -276,9 +274,8 @@ def test_iizukas_torch7_file(tmp_path):
 
 
 def test_a_torch7_file_of_something_else(tmp_path):
-    path = write_torch7(
-        tmp_path / "other.t7", table(model=Instance("nn.Linear", table(weight=tensor_of_torch7([[1.0]]))))
-    )
+    layer = Instance("nn.Linear", table(weight=tensor_of_torch7([[1.0]])))
+    path = write_torch7(tmp_path / "other.t7", table(model=layer))
     with pytest.raises(CheckpointError, match=r"other.t7: .*nn.Linear"):
         load_pretrained(path)
 
@@ -291,7 +288,7 @@ def test_jiahuiyus_tensorflow_checkpoints(tmp_path, monkeypatch, model):
     others = {"inpaint_net/conv1/kernel/Adam": torch.zeros(3), "discriminator/conv1/kernel": torch.zeros(3)}
     arrays = {name: value.numpy() for name, value in (state | others).items()}
     tensorflow_bundle_writer.write_bundle(tmp_path / "snap-0", arrays)
-    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/home/somebody/logs/snap-0"\n', encoding="utf-8")
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/logs/snap-0"\n', encoding="utf-8")
     for path in (tmp_path, tmp_path / "snap-0", tmp_path / "snap-0.index"):
         loaded = load_pretrained(path)
         assert type(loaded) is model

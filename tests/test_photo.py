@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from inpaint_kernels.inpaint import fill_photo
+from inpaint_kernels.photo import fill_photo
 
 HEIGHT, WIDTH = 48, 64
 MASK = np.zeros((HEIGHT, WIDTH), bool)
