@@ -189,7 +189,7 @@ def test_strings_are_left_out(tmp_path):
     "line",
     [
         b'model_checkpoint_path: "snap"',
-        b'model_checkpoint_path: "/home/somebody/logs/snap"',
+        b'model_checkpoint_path: "/logs/somebody/logs/snap"',
         b'model_checkpoint_path: "../../snap"',
         rb'model_checkpoint_path: "C:\\logs\\snap"',
         rb'model_checkpoint_path: "logs/\163nap"',
