@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inpaint_kernels._checks import check_choice, check_range
+from inpaint_kernels.detail import carried_residual, match
 from inpaint_kernels.models import Box, InpaintingModel, InpaintResult
 from inpaint_kernels.models._boxes import connected_boxes, merged
 from inpaint_kernels.models._interface import of_sample
@@ -21,6 +22,7 @@ from inpaint_kernels.photo_tensors import PhotoTensor, read_image, read_mask
 REGIONS = ("hole", "full")
 FITS = ("pad", "crop", "resize")
 BLENDS = ("paste", "feather", "poisson")
+DETAILS = ("none", "residual")
 
 FULL_RUN_SHARE = 0.7
 """Of the whole image's work: holes that need more are painted with the whole image."""
@@ -42,6 +44,7 @@ def inpaint(
     max_side: int | None = None,
     margin: int | None = None,
     blend: str = "paste",
+    detail: str = "none",
     threshold: float = 0.5,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -74,6 +77,9 @@ def inpaint(
             over the difference that the painting has to the known pixels there, fading; "poisson": the hole's pixels
             have the painting's differences and meet the known ones at the border (Perez et al., 2003). Known pixels
             stay bit for bit in either.
+        detail: where a photo was reduced ("resize", "crop"), what the enlarged painting lacks. "residual": what the
+            known pixels have beyond their own reduced and enlarged copy is taken from where they resemble the painting;
+            from near where the network's attention looked, if it has one. See :mod:`inpaint_kernels.detail`.
         threshold: share of the mask's full scale; the hole is where the mask is larger.
         dtype: of the computation: None or the parameters' own; torch.bfloat16 or torch.float16 run it in autocast.
         device: must be the model's, if it is given: models are not moved.
@@ -98,7 +104,7 @@ def inpaint(
         >>> inpaint(GLCIC(), photo, hole).completed.shape
         (37, 50, 3)
     """
-    settings = _check(model, region, fit, max_side, margin, blend, dtype, device)
+    settings = _check(model, region, fit, max_side, margin, blend, detail, dtype, device)
     photo = read_image(image)
     hole = read_mask(mask, photo, threshold)
     report = progress or _silent
@@ -137,6 +143,7 @@ class _Settings:
         max_side: the same.
         margin: the same.
         around: pixels around the hole that the blending looks at.
+        residual: whether what the enlarged painting lacks is taken from known pixels.
         dtype: of the parameters.
         autocast: the dtype to compute in, if it is another one.
         device: of the model.
@@ -146,6 +153,7 @@ class _Settings:
     max_side: int | None
     margin: int | None
     around: int
+    residual: bool
     dtype: torch.dtype
     autocast: torch.dtype | None
     device: torch.device
@@ -158,6 +166,7 @@ def _check(
     max_side: int | None,
     margin: int | None,
     blend: str,
+    detail: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> _Settings:
@@ -166,6 +175,7 @@ def _check(
     check_choice("region", region, REGIONS)
     check_choice("fit", fit, FITS)
     check_choice("blend", blend, BLENDS)
+    check_choice("detail", detail, DETAILS if fit != "pad" else ("none",))
     if max_side is not None:
         check_range("max_side", max_side, minimum=1, integer=True)
     if (max_side is None) != (fit == "pad") and fit != "crop":
@@ -188,7 +198,7 @@ def _check(
         )
     autocast = None if dtype in (None, own_dtype) else dtype
     around = 0 if blend == "paste" else 1
-    return _Settings(region, max_side, margin, around, own_dtype, autocast, own_device)
+    return _Settings(region, max_side, margin, around, detail == "residual", own_dtype, autocast, own_device)
 
 
 def _canonical(device: torch.device) -> torch.device:
@@ -237,6 +247,11 @@ class _Run:
             for name, value in self.guidance.items()
         }
         return _Run(self.model, self.settings, guidance, self.report)
+
+    def with_attention(self) -> _Run:
+        """The same call, asking for the attention of a network that has one."""
+        asked = {"return_attention": True} if self.model.has_attention else {}
+        return _Run(self.model, self.settings, {**self.guidance, **asked}, self.report)
 
     def of_sample(self, i: int, image: Tensor, hole: Tensor) -> tuple[_Run, Tensor, Tensor]:
         """The call for one image of the batch; a map of batch 1 guides all of them."""
@@ -312,13 +327,32 @@ def _resize(run: _Run, image: Tensor, hole: Tensor) -> InpaintResult:
 
     small_hole = F.adaptive_max_pool2d(hole.to(image.dtype), size) > 0
     small = reduced(image).masked_fill(small_hole, 0)
-    result = _pad(run.with_maps(reduced, (height, width)), small, small_hole)
-
-    def enlarged(x: Tensor) -> Tensor:
-        return F.interpolate(x.float(), (height, width), mode="bicubic").clamp(0, 1).to(x.dtype)
-
-    maps = {name: x if x is None or name == "attention" else enlarged(x) for name, x in result._asdict().items()}
+    inner = run.with_maps(reduced, (height, width))
+    result = _pad(inner.with_attention() if run.settings.residual else inner, small, small_hole)
+    maps = {
+        name: x if x is None or name == "attention" else _enlarged(x, (height, width))
+        for name, x in result._asdict().items()
+    }
+    if run.settings.residual:
+        maps["output"] = _with_residual(run, image, hole, torch.where(small_hole, result.output, small), result)
+        maps["attention"] = result.attention if run.guidance.get("return_attention") else None
     return InpaintResult(**maps)
+
+
+def _enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x.float(), size, mode="bicubic").clamp(0, 1).to(x.dtype)
+
+
+def _with_residual(run: _Run, image: Tensor, hole: Tensor, small: Tensor, result: InpaintResult) -> Tensor:
+    """Images of full size whose holes are those of the reduced ones, with the fine structure of known places."""
+    base = _enlarged(small, (image.shape[2], image.shape[3]))
+    small_hole = F.adaptive_max_pool2d(hole.to(image.dtype), small.shape[2:]) > 0
+    for i in range(len(image)):
+        one = slice(i, i + 1)
+        attention = None if result.attention is None else result.attention[one]
+        offsets = match(small[one], small_hole[one], attention, run.model.size_multiple)
+        base[one] += carried_residual(image[one], base[one], hole[one], offsets)
+    return base.clamp_(0, 1)
 
 
 def _crop(run: _Run, image: Tensor, hole: Tensor) -> InpaintResult:

@@ -149,6 +149,7 @@ class DeepFill(InpaintingModel):
     """
 
     size_multiple: ClassVar[int] = 8
+    has_attention: ClassVar[bool] = True
     least_size: int = 8
 
     gated: ClassVar[bool]

@@ -55,6 +55,9 @@ class InpaintingModel(nn.Module):
     size_multiple: ClassVar[int] = 1
     """Height and width must be multiples of it."""
 
+    has_attention: ClassVar[bool] = False
+    """Whether :meth:`paint` takes ``return_attention``, and gives offsets in positions of ``size_multiple`` pixels."""
+
     least_size: int = 1
     """Height and width must not be smaller."""
 
