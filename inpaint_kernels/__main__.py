@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_CLI_PACKAGES = {"typer": "typer", "rich": "rich", "PIL": "pillow"}
+_CLI_PACKAGES = {"typer": "typer", "rich": "rich", "PIL": "pillow", "skimage": "scikit-image"}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``info``, ``models``, ``fill``, ``mask``, ``convert`` and ``bench``.
+"""The command line: ``info``, ``models``, ``fill``, ``mask``, ``compare``, ``convert`` and ``bench``.
 
 Results go to standard output; warnings, errors and progress bars to standard error. Exit codes: 0 done, 1 the work
 cannot be done (one sentence says why), 2 the command line itself is wrong.
@@ -6,25 +6,54 @@ cannot be done (one sentence says why), 2 the command line itself is wrong.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
+import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
-from inpaint_kernels import catalogue, comparison, images, info, masks, panels
-from inpaint_kernels.photo import FilledPhoto, fill_photo
+from inpaint_kernels import catalogue, comparison, images, info, masks, panels, processes
+from inpaint_kernels.fillers import MODELS, Filler, Guide, make_fillers, read_rgb, sigma_variants
+from inpaint_kernels.filling import Outcome, Output, Read, Task, find_tasks, is_many, run
+from inpaint_kernels.mask_options import (
+    AlphaOption,
+    BoxOption,
+    ColourOption,
+    GrowOption,
+    InvertOption,
+    MaskArgument,
+    ResizeOption,
+    ThresholdOption,
+    ToleranceOption,
+    build_mask,
+    mask_options,
+)
+from inpaint_kernels.models import InpaintingModel
+from inpaint_kernels.photo import METHODS, FilledPhoto
+from inpaint_kernels.pretrained import LicenceNotice, convert_checkpoint, load_pretrained
 
 app = typer.Typer(
     name="inpaint-kernels",
@@ -38,78 +67,11 @@ _out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty(
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-class Method(str, Enum):
-    """How ``fill`` fills."""
-
-    auto = "auto"
-    exemplar = "exemplar"
-    diffusion = "diffusion"
-
-
-# --- options that fill and mask share ------------------------------------------------------------------------------
-
-_MASKS = "The hole"
 _LIMITS = "Files"
+_MODEL = "Learned models"
+_PANELS = "Panels"
 
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="The photo: PNG, JPEG, TIFF or WebP.")]
-MaskArgument = Annotated[
-    Path | None,
-    typer.Argument(metavar="MASK", help="Picture of the same size, bright where the hole is.", show_default=False),
-]
-BoxOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--mask-box", metavar="X,Y,W,H", help="A rectangle of hole, in pixels; repeatable.", rich_help_panel=_MASKS
-    ),
-]
-ColourOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mask-color",
-        metavar="#RRGGBB",
-        help="Hole where MASK (a copy of the photo painted over in any editor), or without MASK the photo itself, "
-        "has this colour.",
-        rich_help_panel=_MASKS,
-    ),
-]
-ToleranceOption = Annotated[
-    int,
-    typer.Option(
-        "--mask-tolerance",
-        min=0,
-        max=255,
-        help="Largest difference to --mask-color in any channel.",
-        rich_help_panel=_MASKS,
-    ),
-]
-AlphaOption = Annotated[
-    bool,
-    typer.Option(
-        "--mask-alpha",
-        help="Hole where MASK, or without MASK the photo itself, is transparent. A photo's erased hole becomes opaque.",
-        rich_help_panel=_MASKS,
-    ),
-]
-ThresholdOption = Annotated[
-    float,
-    typer.Option(
-        "--mask-threshold",
-        min=0.0,
-        max=1.0,
-        help="Share of full brightness (of full opacity with --mask-alpha) that divides hole from known.",
-        rich_help_panel=_MASKS,
-    ),
-]
-InvertOption = Annotated[
-    bool, typer.Option("--invert-mask", help="Swap hole and known, before growing.", rich_help_panel=_MASKS)
-]
-GrowOption = Annotated[
-    int, typer.Option("--mask-grow", metavar="N", min=0, help="Grow the hole by N pixels.", rich_help_panel=_MASKS)
-]
-ResizeOption = Annotated[
-    bool,
-    typer.Option("--resize-mask", help="Bring a MASK of another size to the photo's.", rich_help_panel=_MASKS),
-]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace existing output (never an input).", rich_help_panel=_LIMITS)
 ]
@@ -125,80 +87,17 @@ MaxPixelsOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class MaskOptions:
-    """Where the hole is, as the command line says it."""
-
-    file: Path | None
-    boxes: Sequence[masks.Box]
-    colour: tuple[int, int, int] | None
-    tolerance: int
-    alpha: bool
-    threshold: float
-    invert: bool
-    grow: int
-    resize: bool
-
-    @property
-    def erased_from_photo(self) -> bool:
-        """Whether the hole is the photo's own transparency."""
-        return self.alpha and self.file is None
-
-
-def _mask_options(
-    file: Path | None,
-    boxes: Sequence[str],
-    colour: str | None,
-    tolerance: int,
-    alpha: bool,
-    threshold: float,
-    invert: bool,
-    grow: int,
-    resize: bool,
-) -> MaskOptions:
-    """The options in their own types; a wrong word is a wrong command line."""
-    try:
-        parsed_boxes = [masks.parse_box(box) for box in boxes]
-        parsed_colour = None if colour is None else masks.parse_colour(colour)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if file is None and not parsed_boxes and parsed_colour is None and not alpha:
-        raise typer.BadParameter("where is the hole? Give a MASK file, --mask-box, --mask-color or --mask-alpha")
-    return MaskOptions(file, parsed_boxes, parsed_colour, tolerance, alpha, threshold, invert, grow, resize)
-
-
-def _build_mask(photo: images.Photo, options: MaskOptions, max_pixels: int | None) -> masks.Mask:
-    """Union of everything that the options call hole, then inverted and grown as they say."""
-    source = photo
-    if options.file is not None:
-        source = images.read_photo(options.file, max_pixels=max_pixels)
-    parts: list[masks.Mask] = []
-    if options.colour is not None:
-        parts.append(masks.mask_from_colour(source.pixels, options.colour, options.tolerance))
-    if options.alpha:
-        parts.append(masks.mask_from_alpha(source.pixels, options.threshold))
-    if options.file is not None and not parts:
-        parts.append(masks.mask_from_brightness(source.pixels, options.threshold))
-    size = (photo.height, photo.width)
-    if options.file is not None and source.pixels.shape[:2] != size:
-        if not options.resize:
-            raise ValueError(
-                f"{options.file}: the mask is {source.width} x {source.height} pixels, the photo {photo.width} x "
-                f"{photo.height}; --resize-mask brings it to size"
-            )
-        parts = [masks.resize_mask(part, *size) for part in parts]
-    if options.boxes:
-        parts.append(masks.mask_from_boxes(*size, options.boxes))
-    mask = np.logical_or.reduce(parts)
-    return masks.grow_mask(~mask if options.invert else mask, options.grow)
-
-
 # --- commands ------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def fill(
-    image: ImageArgument,
+    image: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGE", help="The photo: PNG, JPEG, TIFF or WebP; or a folder, or a pattern such as 'in/*.jpg'."
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -206,15 +105,91 @@ def fill(
             "-o",
             metavar="OUT",
             help="PNG, TIFF and WebP are written without loss: known pixels stay identical. JPEG is lossy by nature: "
-            "every pixel changes a little.",
+            "every pixel changes a little. Of a folder's photos the folder of the results.",
             show_default=False,
         ),
     ],
     mask: MaskArgument = None,
-    method: Annotated[
-        Method, typer.Option(help="auto: diffusion for thin holes such as scratches, exemplar for all others.")
-    ] = Method.auto,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One or several of {', '.join((*METHODS, *MODELS))}, separated by commas (several: --save-sheet). "
+            "auto: diffusion for thin holes such as scratches, exemplar for all others.  [default: that of --weights, "
+            "or auto]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same picture, bit for bit.")] = 0,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Published weights of a learned model, see inpaint-kernels models; repeatable, as --model has them.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    region: Annotated[
+        Literal["hole", "full"],
+        typer.Option(help="Compute only what the hole depends on, or the whole photo.", rich_help_panel=_MODEL),
+    ] = "hole",
+    fit: Annotated[
+        Literal["pad", "crop", "resize"],
+        typer.Option(
+            help="The photo at its own size; what is around each hole alone; or the photo reduced to --max-side.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "pad",
+    max_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of photo or crop as the model sees it.", show_default=False, rich_help_panel=_MODEL),
+    ] = None,
+    margin: Annotated[
+        int | None,
+        typer.Option(min=0, help="Pixels around the holes of --fit crop.", show_default=False, rich_help_panel=_MODEL),
+    ] = None,
+    detail: Annotated[
+        Literal["none", "residual"],
+        typer.Option(
+            help="residual: where the photo was reduced, fine structure from what resembles the painting.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "none",
+    blend: Annotated[
+        Literal["paste", "feather", "poisson"],
+        typer.Option(help="How the painting meets the hole's border.", rich_help_panel=_MODEL),
+    ] = "paste",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, ...", show_default=False, rich_help_panel=_MODEL),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the computation.", rich_help_panel=_MODEL)
+    ] = "float32",
+    guide: Annotated[
+        Path | None,
+        typer.Option(
+            help="A picture of the photo's size, bright on lines to paint along: EdgeConnect, guided DeepFill v2.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    edges_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another picture of the photo's size, whose edges are wanted in the hole: EdgeConnect.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    sigma: Annotated[
+        str | None,
+        typer.Option(
+            help="Smoothing of EdgeConnect's edges, in pixels; several, as 0.5,1,2,4: --save-sheet.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     mask_box: BoxOption = None,
     mask_color: ColourOption = None,
     mask_tolerance: ToleranceOption = 32,
@@ -224,28 +199,60 @@ def fill(
     mask_grow: GrowOption = 0,
     resize_mask: ResizeOption = False,
     force: ForceOption = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out photos whose output is there: goes on where a run was interrupted.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Photos in the folder's folders too.", rich_help_panel=_LIMITS)
+    ] = False,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Photos of one size that a model fills together.", rich_help_panel=_LIMITS),
+    ] = 1,
+    file_format: Annotated[
+        Literal["png", "tiff", "webp", "jpeg"],
+        typer.Option("--format", help="Of the results of a folder.", rich_help_panel=_LIMITS),
+    ] = "png",
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG output.", rich_help_panel=_LIMITS)] = 95,
     max_pixels: MaxPixelsOption = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object for each photo instead of sentences."),
+    ] = False,
     save_row: Annotated[
         Path | None,
-        typer.Option(help="Also write a row of panels here.", show_default=False, rich_help_panel="Panels"),
+        typer.Option(help="Also write a row of panels here.", show_default=False, rich_help_panel=_PANELS),
     ] = None,
     panel_names: Annotated[
         str,
-        typer.Option("--panels", help=f"Names out of {', '.join(panels.PANELS)}.", rich_help_panel="Panels"),
+        typer.Option("--panels", help=f"Names out of {', '.join(panels.PANELS)}.", rich_help_panel=_PANELS),
     ] = ",".join(panels.DEFAULT_PANELS),
+    save_sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the results of several models, or sigmas, side by side; with --truth and what they differ.",
+            show_default=False,
+            rich_help_panel=_PANELS,
+        ),
+    ] = None,
     truth: Annotated[
         Path | None,
-        typer.Option(help="The undamaged photo, for the panel truth.", show_default=False, rich_help_panel="Panels"),
+        typer.Option(help="The undamaged photo.", show_default=False, rich_help_panel=_PANELS),
     ] = None,
 ) -> None:
-    """Fill the hole of a photo. Needs no weights and no download.
+    """Fill the hole of a photo, or of all photos of a folder. Needs no weights and no download.
 
-    The hole is the union of MASK, the boxes, the colour and the transparency. Known pixels are not touched.
+    The hole is the union of MASK, the boxes, the colour and the transparency. Known pixels are not touched. Of a folder
+    MASK may be a folder whose pictures have the photos' names, with or without _mask behind them.
 
     Example: inpaint-kernels fill photo.jpg --mask-box 120,80,60,40 -o filled.png
     """
-    options = _mask_options(
+    options = mask_options(
         mask,
         mask_box or [],
         mask_color,
@@ -256,43 +263,43 @@ def fill(
         mask_grow,
         resize_mask,
     )
+    names = _model_names(model)
+    sigmas = _numbers("--sigma", sigma)
+    pictures = _Pictures(save_row, panel_names, save_sheet, truth)
+    written = Output(quality, force, skip_existing, options.erased_from_photo)
+    painting = {"region": region, "fit": fit, "max_side": max_side, "margin": margin, "detail": detail, "blend": blend}
+    if dtype != "float32":
+        painting["dtype"] = getattr(torch, dtype)
     with _errors_as_sentences():
-        row_panels = panels.parse_panels(panel_names)
-        inputs = [path for path in (image, mask, truth) if path is not None]
-        images.check_output(output, force=force, inputs=inputs)
-        if save_row is not None:
-            images.check_output(save_row, force=force, inputs=inputs)
-            if save_row.resolve() == output.resolve():
-                raise ValueError(f"{save_row}: is the output already; the row must be another file")
-        photo = _read(image, max_pixels)
-        images.check_encodable(output, photo.pixels)
-        true_pixels = None if truth is None else _read(truth, max_pixels).pixels
-        if save_row is not None:
-            size = (photo.height, photo.width)
-            panels.check_panels(row_panels, method=method.value, size=size, truth=true_pixels)
-        hole = _build_mask(photo, options, max_pixels)
-        _warn(masks.hole_warning(hole))
-        if not hole.any():
-            _write_unchanged(image, output, photo, quality)
-            _out.print(f"no hole: {escape(str(output))} is the input, unchanged")
-            return
-        started = time.perf_counter()
-        filled = _fill(photo, hole, method.value, seed, options.erased_from_photo)
-        seconds = time.perf_counter() - started
-        row = None
-        if save_row is not None:
-            sources = panels.PanelSources(photo.pixels, hole, filled.pixels, filled.method, filled.offsets, true_pixels)
-            row = panels.draw_row(sources, row_panels)
-        images.write_photo(output, images.Photo(filled.pixels, photo.format, photo.metadata), quality=quality)
-        _out.print(
-            f"filled {masks.describe_hole(hole)} of {photo.width} x {photo.height} by {filled.method} "
-            f"in {seconds:.1f} s: {escape(str(output))}"
+        pictures.check(image, mask, output, force)
+        drawing = None if guide is None else masks.mask_from_brightness(_read(guide, max_pixels).pixels)
+        edges = None if edges_from is None else read_rgb(edges_from, max_pixels)
+        fillers = make_fillers(
+            names,
+            weights or [],
+            seed=seed,
+            guide=Guide(drawing, edges, sigmas[0] if sigmas else None),
+            device=device,
+            batch=batch,
+            options=painting,
+            load=_load_quietly,
         )
-        if save_row is not None and row is not None:
-            images.write_photo(save_row, images.Photo(row, "PNG"))
-            _out.print(f"panels {', '.join(row_panels)}: {escape(str(save_row))}")
-        if filled.advice:
-            _out.print(escape(filled.advice))
+        fillers = [variant for filler in fillers for variant in sigma_variants(filler, sigmas)]
+        if len(fillers) > 1 and save_sheet is None:
+            raise ValueError("several models or sigmas are shown side by side: give --save-sheet FILE")
+
+        def read(task: Task) -> tuple[images.Photo, masks.Mask]:
+            photo = _read(task.image, max_pixels)
+            hole = build_mask(photo, replace(options, file=task.mask), max_pixels)
+            _warn(masks.hole_warning(hole))
+            return photo, hole
+
+        if is_many(image):
+            pictures.check_single(image)
+            tasks = find_tasks(image, mask, output, recursive=recursive, file_format=file_format)
+            _fill_many(tasks, fillers[0], read, replace(written, make_folders=True), as_json)
+        else:
+            _fill_one(Task(image, mask, output), fillers, read, written, pictures, as_json, max_pixels)
 
 
 @app.command("mask")
@@ -314,7 +321,7 @@ def write_mask(
     max_pixels: MaxPixelsOption = None,
 ) -> None:
     """Write the mask that fill would use with the same options: white in the hole, black elsewhere."""
-    options = _mask_options(
+    options = mask_options(
         mask,
         mask_box or [],
         mask_color,
@@ -330,10 +337,36 @@ def write_mask(
             raise ValueError(f"{output}: JPEG would blur the mask; write PNG, TIFF or WebP")
         images.check_output(output, force=force, inputs=[path for path in (image, mask) if path is not None])
         photo = _read(image, max_pixels)
-        hole = _build_mask(photo, options, max_pixels)
+        hole = build_mask(photo, options, max_pixels)
         _warn(masks.hole_warning(hole))
         images.write_photo(output, images.Photo(np.where(hole, 255, 0).astype(np.uint8), "PNG"))
         _out.print(f"hole: {masks.describe_hole(hole)}: {escape(str(output))}")
+
+
+@app.command()
+def compare(
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A filled photo.", show_default=False)],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The undamaged photo.", show_default=False)],
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of the same size, bright where the hole is.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    max_pixels: MaxPixelsOption = None,
+) -> None:
+    """Print PSNR, SSIM and L1 of a picture against the truth: overall, and in the hole."""
+    from inpaint_kernels import metrics
+
+    with _errors_as_sentences():
+        a, b = (_read(path, max_pixels).pixels for path in (picture, truth))
+        hole = None if mask is None else masks.mask_from_brightness(_read(mask, max_pixels).pixels)
+        found = metrics.compare(a, b, hole)
+    if as_json:
+        print(json.dumps({region: values._asdict() for region, values in found.items()}))
+        return
+    table = Table("region", "PSNR / dB", "SSIM", "L1")
+    for region, values in found.items():
+        table.add_row(region, *metrics.as_text(values))
+    _out.print(table)
 
 
 @app.command("info")
@@ -378,8 +411,6 @@ def convert(
 
     Example: inpaint-kernels convert states_tf_places2.pth deepfill_v2.safetensors
     """
-    from inpaint_kernels.pretrained import LicenceNotice, convert_checkpoint
-
     with _errors_as_sentences(), warnings.catch_warnings():
         warnings.simplefilter("ignore", LicenceNotice)  # it is printed below
         metadata = convert_checkpoint(source, target, dialect=dialect, force=force)
@@ -420,6 +451,210 @@ def bench(
         raise typer.Exit(1)
 
 
+# --- filling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What else a single photo's fill shows.
+
+    Attributes:
+        row: file of a row of panels, or None.
+        panel_names: of the row, separated by commas.
+        sheet: file of several results side by side, or None.
+        truth: file of the undamaged photo, or None.
+    """
+
+    row: Path | None
+    panel_names: str
+    sheet: Path | None
+    truth: Path | None
+
+    def check(self, image: Path, mask: Path | None, output: Path, force: bool) -> None:
+        """Raises ValueError where the files cannot be written, or a name is no panel's."""
+        panels.parse_panels(self.panel_names)
+        inputs = [path for path in (image, mask, self.truth) if path is not None]
+        taken = {output.resolve(): "the output"}
+        for kind, path in (("row", self.row), ("sheet", self.sheet)):
+            if path is not None:
+                images.check_output(path, force=force, inputs=inputs)
+                if path.resolve() in taken:
+                    raise ValueError(f"{path}: is {taken[path.resolve()]} already; the {kind} must be another file")
+                taken[path.resolve()] = f"the {kind}"
+
+    def check_single(self, image: Path) -> None:
+        """Raises ValueError if anything is asked for that only one photo has."""
+        for option, path in (("--save-row", self.row), ("--save-sheet", self.sheet), ("--truth", self.truth)):
+            if path is not None:
+                raise ValueError(f"{option}: is for one photo, and {image} stands for several")
+
+
+def _fill_one(
+    task: Task,
+    fillers: Sequence[Filler],
+    read: Read,
+    output: Output,
+    pictures: _Pictures,
+    as_json: bool,
+    max_pixels: int | None,
+) -> None:
+    first, *others = fillers
+    names = panels.parse_panels(pictures.panel_names)
+    true_pixels: NDArray[Any] | None = None
+
+    def read_and_check(task: Task) -> tuple[images.Photo, masks.Mask]:
+        nonlocal true_pixels
+        photo, hole = read(task)
+        true_pixels = None if pictures.truth is None else _read(pictures.truth, max_pixels).pixels
+        if pictures.row is not None:
+            size = (photo.height, photo.width)
+            panels.check_panels(names, method=first.name, provided=first.panels, size=size, truth=true_pixels)
+        return photo, hole
+
+    with _progress_bar() as report:
+        (outcome,) = run([task], first, read_and_check, output, report)
+        if outcome.status == "failed":
+            raise ValueError(outcome.error)
+        results = [(first.name, outcome)]
+        results += [(filler.name, _filled_again(outcome, filler, output, report)) for filler in others]
+    _report_outcome(outcome, as_json)
+    if outcome.filled is None or outcome.photo is None or outcome.mask is None:
+        return
+    if pictures.row is not None:
+        row = panels.draw_row(_panel_sources(outcome.photo, outcome.mask, outcome.filled, true_pixels), names)
+        images.write_photo(pictures.row, images.Photo(row, "PNG"))
+        _say(as_json, f"panels {', '.join(names)}: {escape(str(pictures.row))}")
+    if pictures.sheet is not None:
+        sheet = panels.draw_sheet(_sheet_entries(results, outcome.photo, outcome.mask, true_pixels))
+        images.write_photo(pictures.sheet, images.Photo(sheet, "PNG"))
+        _say(as_json, f"sheet {', '.join(name for name, _ in results)}: {escape(str(pictures.sheet))}")
+    if outcome.filled.advice:
+        _say(as_json, escape(outcome.filled.advice))
+
+
+def _filled_again(outcome: Outcome, filler: Filler, output: Output, report: _BarReporter) -> Outcome:
+    """The same photo by another filler; nothing is written."""
+    if outcome.photo is None or outcome.mask is None or outcome.filled is None:
+        return outcome
+    started = time.perf_counter()
+    (filled,) = filler.fill([(outcome.photo.pixels, outcome.mask)], output.opaque_hole, report)
+    return replace(outcome, filled=filled, seconds=time.perf_counter() - started)
+
+
+def _panel_sources(
+    photo: images.Photo, mask: masks.Mask, filled: FilledPhoto, truth: NDArray[Any] | None
+) -> panels.PanelSources:
+    return panels.PanelSources(
+        photo.pixels, mask, filled.pixels, filled.method, filled.offsets, truth, filled.edges, filled.hog
+    )
+
+
+def _sheet_entries(
+    results: Sequence[tuple[str, Outcome]],
+    photo: images.Photo,
+    mask: masks.Mask,
+    truth: NDArray[Any] | None,
+) -> list[tuple[str, NDArray[Any]]]:
+    """Caption and picture of the truth, or of the photo with its hole, and of each result."""
+    damaged = photo.pixels.copy()
+    damaged[mask] = 0
+    entries = [("input", damaged) if truth is None else ("truth", truth)]
+    for name, outcome in results:
+        assert outcome.filled is not None
+        lines = [name, f"{outcome.seconds:.1f} s"]
+        if truth is not None:
+            from inpaint_kernels import metrics
+
+            in_hole = metrics.compare(outcome.filled.pixels, truth, mask)["hole"]
+            psnr, ssim, l1 = metrics.as_text(in_hole)
+            lines += [f"in the hole: {psnr} dB", f"SSIM {ssim}, L1 {l1}"]
+        entries.append(("\n".join(lines), outcome.filled.pixels))
+    return entries
+
+
+def _fill_many(tasks: Sequence[Task], filler: Filler, read: Read, output: Output, as_json: bool) -> None:
+    """All photos of a folder, shared out between the processes of torchrun; failures are listed at the end."""
+    counts = Counter[str]()
+    failed: list[str] = []
+    with processes.group() as group:
+        share = group.share(tasks)
+        with _files_bar(len(share)) as advance:
+            for outcome in run(share, filler, read, output):
+                counts[outcome.status] += 1
+                if outcome.status == "failed":
+                    failed.append(f"{outcome.task.image}: {outcome.error.removeprefix(f'{outcome.task.image}: ')}")
+                _report_outcome(outcome, as_json)
+                advance()
+        everywhere = group.gathered((dict(counts), failed))
+    if everywhere is not None:  # else another process says it
+        counts = sum((Counter(count) for count, _ in everywhere), Counter[str]())
+        failed = [text for _, texts in everywhere for text in texts]
+        kinds = ("filled", "unchanged", "skipped", "failed")
+        _say(as_json, ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]))
+        for text in failed:
+            _err.print(f"[red]failed:[/red] {escape(text)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _report_outcome(outcome: Outcome, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_as_json(outcome)), flush=True)
+        return
+    target = escape(str(outcome.task.output))
+    if outcome.status == "unchanged":
+        _out.print(f"no hole: {target} is the input, unchanged")
+    elif outcome.filled is not None and outcome.mask is not None and outcome.photo is not None:
+        size = f"{outcome.photo.width} x {outcome.photo.height}"
+        _out.print(
+            f"filled {masks.describe_hole(outcome.mask)} of {size} by {outcome.filled.method} "
+            f"in {outcome.seconds:.1f} s: {target}"
+        )
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    task = outcome.task
+    record: dict[str, Any] = {"image": str(task.image), "output": str(task.output), "status": outcome.status}
+    if outcome.error:
+        record["error"] = outcome.error
+    if outcome.photo is not None and outcome.mask is not None:
+        hole = {"pixels": int(outcome.mask.sum()), "share": float(outcome.mask.mean())}
+        record |= {"width": outcome.photo.width, "height": outcome.photo.height, "hole": hole}
+    if outcome.filled is not None:
+        record |= {"method": outcome.filled.method, "seconds": round(outcome.seconds, 3)}
+    return record
+
+
+def _say(as_json: bool, text: str) -> None:
+    """To standard output, or beside the JSON that stands there."""
+    (_err if as_json else _out).print(text)
+
+
+def _model_names(text: str | None) -> list[str]:
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in (*METHODS, *MODELS):
+            raise typer.BadParameter(f"--model: expected one of {', '.join((*METHODS, *MODELS))}, got {name!r}")
+    return names
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    try:
+        return [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: expected numbers such as 0.5,1,2, got {text!r}") from error
+
+
+def _load_quietly(path: Path) -> InpaintingModel:
+    """A model; what is to be said of its licence without a line of code beside it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_pretrained(path)
+    for warning in caught:
+        _err.print(f"note: {escape(str(warning.message))}")
+    return model
+
+
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
@@ -439,21 +674,6 @@ def _read(path: Path, max_pixels: int | None) -> images.Photo:
     for note in photo.notes:
         _err.print(f"note: {escape(note)}")
     return photo
-
-
-def _fill(photo: images.Photo, hole: masks.Mask, method: str, seed: int, opaque_hole: bool) -> FilledPhoto:
-    with _progress_bar() as report_progress:
-        return fill_photo(
-            photo.pixels, hole, method=method, seed=seed, opaque_hole=opaque_hole, progress=report_progress
-        )
-
-
-def _write_unchanged(image: Path, output: Path, photo: images.Photo, quality: int) -> None:
-    """The very file where the format is the same, so that not even a JPEG changes; else the same pixels."""
-    if images.format_of(output) == photo.format:
-        images.copy_file(image, output)
-    else:
-        images.write_photo(output, photo, quality=quality)
 
 
 class _BarReporter:
@@ -479,6 +699,15 @@ def _progress_bar() -> Iterator[_BarReporter]:
     )
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         yield _BarReporter(progress)
+
+
+@contextmanager
+def _files_bar(total: int) -> Iterator[Callable[[], None]]:
+    """A bar of files with the time that is left; what it yields moves it by one."""
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        task = progress.add_task("photos", total=total)
+        yield lambda: progress.advance(task)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class PanelSources:
         filled: the photo after; shape and dtype of ``pixels``.
         method: name of the method that filled it.
         offsets: ``[2, H, W]``, rows and columns from each hole pixel to its source, or None.
+        edges: ``[H, W]`` in [0, 1], those that guided the fill, or None: the output's own are drawn.
+        hog: ``[H, W]`` in [0, 1], the drawn histograms of gradients that guided it, or None.
         truth: the undamaged photo (same height and width), or None.
     """
 
@@ -44,6 +46,8 @@ class PanelSources:
     method: str
     offsets: torch.Tensor | None = None
     truth: NDArray[Any] | None = None
+    edges: NDArray[np.float32] | None = None
+    hog: NDArray[np.float32] | None = None
 
 
 def parse_panels(text: str) -> tuple[str, ...]:
@@ -56,21 +60,25 @@ def parse_panels(text: str) -> tuple[str, ...]:
 
 
 def check_panels(
-    names: Sequence[str], *, method: str, size: tuple[int, int], truth: NDArray[Any] | None = None
+    names: Sequence[str],
+    *,
+    method: str,
+    provided: Collection[str],
+    size: tuple[int, int],
+    truth: NDArray[Any] | None = None,
 ) -> None:
     """Raise ValueError if one of the panels cannot be drawn; asked before a fill, it saves the work.
 
     Args:
         names: the panels.
-        method: the method that fills; ``"auto"`` if that is not known yet.
+        method: the method or model that fills; ``"auto"`` if that is not known yet.
+        provided: panels out of "attention" and "hog" that it provides.
         size: height and width of the photo.
         truth: the undamaged photo, or None.
     """
     for name in names:
-        if name not in _DRAWERS:
+        if name in ("attention", "hog") and name not in provided:
             raise ValueError(f"panel {name!r}: the method {method!r} does not provide it")
-        if name == "attention" and method == "diffusion":
-            raise ValueError(f"panel 'attention': the method {method!r} copies no pixels, so it has no offsets")
         if name == "truth" and truth is None:
             raise ValueError("panel 'truth': it needs the undamaged photo (--truth)")
         if name == "truth" and truth is not None and truth.shape[:2] != size:
@@ -88,7 +96,8 @@ def draw_row(sources: PanelSources, names: Sequence[str] = DEFAULT_PANELS) -> Pi
         ValueError: a panel that this method, or the given sources, cannot provide.
     """
     height, width = sources.mask.shape
-    check_panels(names, method=sources.method, size=(height, width), truth=sources.truth)
+    provided = {name for name, source in (("attention", sources.offsets), ("hog", sources.hog)) if source is not None}
+    check_panels(names, method=sources.method, provided=provided, size=(height, width), truth=sources.truth)
     return _side_by_side([(name, _DRAWERS[name](sources)) for name in names])
 
 
@@ -121,12 +130,19 @@ def _draw_attention(sources: PanelSources) -> Picture:
 
 
 def _draw_edges(sources: PanelSources) -> Picture:
-    """Gradient magnitude of the output; the strongest percentile is white."""
+    """The edges that guided the fill; else the output's gradient magnitude, the strongest percentile white."""
+    if sources.edges is not None:
+        return _gray_to_rgb(_to_bytes(sources.edges))
     luminance = _to_rgb(sources.filled).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     rows, columns = np.gradient(luminance)
     magnitude = np.hypot(rows, columns)
     white = max(float(np.percentile(magnitude, 99)), 1.0)
     return _gray_to_rgb((magnitude * (255 / white)).clip(0, 255).astype(np.uint8))
+
+
+def _draw_hog(sources: PanelSources) -> Picture:
+    assert sources.hog is not None  # check_panels has seen to it
+    return _gray_to_rgb(_to_bytes(sources.hog))
 
 
 _DRAWERS: dict[str, Callable[[PanelSources], Picture]] = {
@@ -136,6 +152,7 @@ _DRAWERS: dict[str, Callable[[PanelSources], Picture]] = {
     "output": _draw_output,
     "attention": _draw_attention,
     "edges": _draw_edges,
+    "hog": _draw_hog,
 }
 
 
@@ -156,24 +173,48 @@ def _to_rgb(pixels: NDArray[Any], known: NDArray[np.bool_] | None = None) -> Pic
     return pixels.copy()
 
 
+def _to_bytes(shares: NDArray[np.float32]) -> Picture:
+    return (shares * 255).round().clip(0, 255).astype(np.uint8)
+
+
 def _gray_to_rgb(gray: Picture) -> Picture:
     return np.repeat(gray[:, :, None], 3, axis=2)
 
 
+def draw_sheet(entries: Sequence[tuple[str, NDArray[Any]]]) -> Picture:
+    """Draw photos side by side, each with its caption of one or several lines above it.
+
+    Args:
+        entries: (caption, pixels as of :func:`inpaint_kernels.images.read_photo`).
+
+    Returns:
+        uint8 ``[H', W', 3]``; photos taller than 1024 pixels are reduced.
+    """
+    return _side_by_side([(caption, _to_rgb(pixels)) for caption, pixels in entries])
+
+
 def _side_by_side(panels: Sequence[tuple[str, Picture]]) -> Picture:
-    pictures = [(name, _reduced(picture)) for name, picture in panels]
+    pictures = [(caption, _reduced(picture)) for caption, picture in panels]
     height = max(picture.height for _, picture in pictures)
-    width = sum(picture.width for _, picture in pictures) + _GAP * (len(pictures) - 1)
-    caption = max(_SMALLEST_CAPTION, height // 16)
-    row = Image.new("RGB", (width, caption + height), "white")
+    line = max(_SMALLEST_CAPTION, height // 16)
+    font = ImageFont.load_default(line * 0.6)
+    widths = [max(picture.width, _width_of(caption, font)) for caption, picture in pictures]
+    above = line * max(len(caption.splitlines()) for caption, _ in pictures)
+    row = Image.new("RGB", (sum(widths) + _GAP * (len(pictures) - 1), above + height), "white")
     draw = ImageDraw.Draw(row)
-    font = ImageFont.load_default(caption * 0.6)
     left = 0
-    for name, picture in pictures:
-        draw.text((left + 4, caption // 2), name, fill="black", font=font, anchor="lm")
-        row.paste(picture, (left, caption))
-        left += picture.width + _GAP
+    for (caption, picture), width in zip(pictures, widths, strict=True):
+        for number, text in enumerate(caption.splitlines()):
+            draw.text((left + 4, number * line + line // 2), text, fill="black", font=font, anchor="lm")
+        row.paste(picture, (left, above))
+        left += width + _GAP
     return np.asarray(row)
+
+
+def _width_of(caption: str, font: Any) -> int:
+    """Pixels of a caption of several lines; names of panels, of one, may be cut."""
+    lines = caption.splitlines()
+    return 8 + max(round(font.getlength(line)) for line in lines) if len(lines) > 1 else 0
 
 
 def _reduced(picture: Picture) -> Image.Image:

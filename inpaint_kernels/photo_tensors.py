@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inpaint_kernels._checks import check_range
 
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 """Of red, green and blue in a gray, ITU-R BT.601, as Pillow's: of three equal ones it is that one."""
 
 _PICTURE_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "F")
@@ -89,7 +89,7 @@ class PhotoTensor:
     def _as_colours(self, rgb: Tensor) -> Tensor:
         if self._colours.shape[1] == 3:
             return rgb
-        return (rgb * rgb.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        return (rgb * rgb.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
 
     def _as_pixels(self, x: Tensor) -> Tensor:
         """Values in [0, 1] in the photo's dtype, on its device."""

@@ -38,9 +38,9 @@ _LARGE_DEPTH = 0.2
 _SHALLOW = 16
 _VISIBLE = 0.05
 
-_LEARNED = (  # the command of the release that will hold the models
-    "a learned model does better here (none in this release; the command will be: "
-    "inpaint-kernels fill IMAGE MASK -o OUT --model deepfillv2 --weights WEIGHTS)"
+_LEARNED = (
+    "a learned model does better here: inpaint-kernels fill IMAGE MASK -o OUT --weights WEIGHTS "
+    "(inpaint-kernels models says whose)"
 )
 
 

@@ -176,7 +176,7 @@ def test_bad_input_ends_with_1_and_a_sentence_and_writes_nothing(
         (("photo.png", "--mask-color", "pink"), "colour: expected #rrggbb"),
         (("photo.png", "mask.png", "--mask-threshold", "128"), "--mask-threshold"),
         (("photo.png", "mask.png", "--mask-grow", "-1"), "--mask-grow"),
-        (("photo.png", "mask.png", "--method", "magic"), "--method"),
+        (("photo.png", "mask.png", "--model", "magic"), "--model"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2(folder: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -208,7 +208,7 @@ def test_nothing_half_written_when_filling_fails(folder: Path, monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("inpaint_kernels.cli.fill_photo", fail)
+    monkeypatch.setattr("inpaint_kernels.fillers.fill_photo", fail)
     result = run("fill", "photo.png", "mask.png", "-o", "out.png")
     assert result.exit_code == 1
     assert "not enough memory" in result.stderr
@@ -234,7 +234,7 @@ def test_default_row_shows_input_mask_and_output(folder: Path) -> None:
 def test_every_panel_that_exemplar_provides(folder: Path) -> None:
     chosen = "truth,input,mask,output,attention,edges"
     result = run(
-        *("fill", "photo.png", "mask.png", "-o", "out.png", "--method", "exemplar"),
+        *("fill", "photo.png", "mask.png", "-o", "out.png", "--model", "exemplar"),
         *("--save-row", "row.png", "--panels", chosen, "--truth", "photo.png"),
     )
     assert result.exit_code == 0, result.output
@@ -259,7 +259,7 @@ def test_a_panel_that_cannot_be_drawn_is_said_before_the_work(
 ) -> None:
     write_photo("small.png", Photo(smooth_photo()[::2, ::2], "PNG"))
     result = run(
-        *("fill", "photo.png", "mask.png", "-o", "out.png", "--method", "exemplar"), "--save-row", "row.png", *arguments
+        *("fill", "photo.png", "mask.png", "-o", "out.png", "--model", "exemplar"), "--save-row", "row.png", *arguments
     )
     assert result.exit_code == 1, result.output
     assert message in result.stderr
@@ -268,9 +268,9 @@ def test_a_panel_that_cannot_be_drawn_is_said_before_the_work(
 
 def test_diffusion_has_no_attention_panel(folder: Path) -> None:
     arguments = ("fill", "photo.png", "mask.png", "-o", "out.png", "--save-row", "row.png", "--panels", "attention")
-    result = run(*arguments, "--method", "diffusion")
+    result = run(*arguments, "--model", "diffusion")
     assert result.exit_code == 1
-    assert "panel 'attention': the method 'diffusion' copies no pixels" in result.stderr
+    assert "panel 'attention': the method 'diffusion' does not provide it" in result.stderr
     assert names(folder) == set()
 
 
@@ -377,7 +377,7 @@ def test_exit_codes_of_the_program(folder: Path) -> None:
     assert impossible.stderr.strip() == "error: out.png: exists; force (--force) replaces it"
 
 
-@pytest.mark.parametrize("module", ["typer", "rich", "PIL"])
+@pytest.mark.parametrize("module", ["typer", "rich", "PIL", "skimage"])
 def test_a_missing_extra_names_its_pip_command(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,7 +385,7 @@ def test_a_missing_extra_names_its_pip_command(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    package = {"PIL": "pillow"}.get(module, module)
+    package = {"PIL": "pillow", "skimage": "scikit-image"}.get(module, module)
     assert capsys.readouterr().err == f'The command line needs {package}: pip install "inpaint-kernels[cli]"\n'
 
 
