@@ -185,6 +185,7 @@ MAY_IMPORT = {
     "photo": {"images", "masks", "models", "photo_tensors", "pipeline"},
     "photo_tensors": {"_checks", "images"},
     "pipeline": {"_checks", "detail", "models", "photo_tensors"},
+    "plugins": {"pipeline", "pretrained"},
     "portable": {"portable"},
     "processes": set(),
     "pretrained": {"_files", "checkpoint_files", "models"},
@@ -212,6 +213,7 @@ THIRD_PARTY = {
     "panels": {"PIL", "numpy"},
     "photo": {"numpy"},
     "photo_tensors": {"PIL", "numpy"},
+    "plugins": {"comfy", "folder_paths", "iopaint", "numpy"},
     "pretrained": {"safetensors"},
     "triton_kernels": {"triton"},
 }
