@@ -90,7 +90,7 @@ def test_iopaint_downloads_nothing(models, tmp_path):
 
 
 def test_iopaints_command_line_gets_the_model(models, monkeypatch, weights, capsys):
-    calls = []
+    calls: list[list[str]] = []
     monkeypatch.setitem(sys.modules, "iopaint.cli", module("iopaint.cli", typer_app=calls.append))
     for words in (["start", "--port", "8080"], ["run", "--model", "lama"], ["list"]):
         monkeypatch.setattr(sys, "argv", ["iopaint.py", str(weights), *words])
@@ -150,7 +150,7 @@ def folder_paths(monkeypatch: pytest.MonkeyPatch, weights: Path) -> SimpleNamesp
         get_filename_list=lambda name: [weights.name],
         get_full_path_or_raise=lambda name, file: str(weights.parent / file),
     )
-    monkeypatch.setitem(sys.modules, "folder_paths", host)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "folder_paths", host)
     return host
 
 

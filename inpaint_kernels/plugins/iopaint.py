@@ -21,7 +21,7 @@ from inpaint_kernels.pretrained import load_pretrained
 NAME = "inpaint-kernels"
 
 
-def register(weights: str | os.PathLike[str], name: str = NAME, **options: Any) -> type:
+def register(weights: str | os.PathLike[str], name: str = NAME, **options: Any) -> Any:
     """Add a model to IOPaint's list.
 
     Args:
@@ -41,7 +41,7 @@ def register(weights: str | os.PathLike[str], name: str = NAME, **options: Any) 
     return models[name]
 
 
-def model_class(weights: str | os.PathLike[str], name: str = NAME, **options: Any) -> type:
+def model_class(weights: str | os.PathLike[str], name: str = NAME, **options: Any) -> Any:
     """A subclass of IOPaint's ``InpaintModel``, arguments as of :func:`register`."""
     from iopaint.model.base import InpaintModel
 
