@@ -157,7 +157,7 @@ MAY_IMPORT = {
     "info": {"_backends", "_native"},
     "inpaint": {"images", "masks", "models"},
     "masks": set(),
-    "models": {"_checks", "models", "nn", PUBLIC},
+    "models": {"_checks", "checkpoint_files", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
