@@ -317,7 +317,7 @@ BOX = Box(0, 0, 4, 4)
         (lambda: window_around(torch.zeros(8, 8, dtype=torch.bool), 9), "size: expected no more than"),
         (lambda: window_around(torch.zeros(1, 8, 8), 4), r"hole: expected shape \[H, W\]"),
         (lambda: free_form_masks(1, 8, width=(3, 2), generator=seeded()), "width: expected a number >= 3, got 2"),
-        (lambda: free_form_masks(1, 8, strokes=2, generator=seeded()), r"strokes: expected \(least, greatest\), got 2"),  # type: ignore[arg-type]
+        (lambda: free_form_masks(1, 8, strokes=2, generator=seeded()), r"strokes: expected \(least, greatest\), got 2"),
         (lambda: random_walk_masks(1, 8, steps=0, generator=seeded()), "steps: expected a number >= 1, got 0"),
         (lambda: random_walk_masks(1, 0, generator=seeded()), "image_size: expected a number >= 1, got 0"),
         (lambda: drawn_masks([], 1, 8, generator=seeded()), "masks: expected at least one, got none"),
