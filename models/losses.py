@@ -62,7 +62,7 @@ def hole_relative_l1_loss(output: Tensor, target: Tensor, hole: Tensor) -> Tenso
     References:
         knazeri/edge-connect, ``InpaintingModel.process``.
     """
-    weights = _check_masked(output, target, hole)
+    weights = _check_masked(output, target, hole, "hole")
     return (output - target).abs().mean() / weights.mean()
 
 
@@ -129,7 +129,7 @@ def total_variation_loss(image: Tensor, hole: Tensor | None = None) -> Tensor:
     columns = (image[:, :, :, 1:] - image[:, :, :, :-1]).abs()
     if hole is None:
         return rows.mean() + columns.mean()
-    near = F.max_pool2d(_check_mask(hole, image), 3, stride=1, padding=1)
+    near = F.max_pool2d(_check_mask(hole, image, "hole"), 3, stride=1, padding=1)
     rows = rows * near[:, :, 1:] * near[:, :, :-1]
     return rows.mean() + (columns * near[:, :, :, 1:] * near[:, :, :, :-1]).mean()
 
@@ -338,16 +338,16 @@ def _mean(x: Tensor, weights: Tensor, normalise: bool) -> Tensor:
     return x.mean() / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
-def _check_masked(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def _check_masked(output: Tensor, target: Tensor, mask: Tensor, name: str = "mask") -> Tensor:
     """The mask in the dtype of the output."""
     _check_images(output, target)
-    return _check_mask(mask, output)
+    return _check_mask(mask, output, name)
 
 
-def _check_mask(mask: Tensor, image: Tensor) -> Tensor:
+def _check_mask(mask: Tensor, image: Tensor, name: str = "mask") -> Tensor:
     batch, _, height, width = image.shape
-    check_shape("mask", mask, "B|1 1 H W", B=batch, H=height, W=width)
-    check_same_device(image=image, mask=mask)
+    check_shape(name, mask, "B|1 1 H W", B=batch, H=height, W=width)
+    check_same_device(**{"image": image, name: mask})
     return mask.to(image.dtype)
 
 

@@ -52,7 +52,9 @@ def random_boxes(
     height, width = check_pair("image_size", image_size, 1)
     rows, columns = check_pair("margin", margin, 0)
     free = Box(rows, columns, height - rows, width - columns)
-    return random_boxes_within([free] * _checked_count(count), box_size, box_size, generator=generator)
+    sides = check_pair("box_size", box_size, 1)
+    _check_fits("box_size", sides, free)
+    return [_placed(sides, free, generator) for _ in range(_checked_count(count))]
 
 
 def random_boxes_within(
@@ -73,17 +75,26 @@ def random_boxes_within(
         Iizuka et al., SIGGRAPH 2017, section 4. otenim/GLCIC-PyTorch, ``gen_hole_area`` and ``gen_input_mask``.
     """
     least, most = check_pair("smallest", smallest, 1), check_pair("largest", largest, 1)
+    if least[0] > most[0] or least[1] > most[1]:
+        raise ValueError(f"smallest: expected no more than largest, {most}, got {least}")
     boxes = []
     for window in windows:
-        if min(least) < 1 or any(a > b for a, b in zip(least, most, strict=True)):
-            raise ValueError(f"smallest: expected no more than largest, {most}, got {least}")
-        if any(side > space for side, space in zip(most, window.size, strict=True)):
-            raise ValueError(f"largest: expected boxes that fit {window.size[0]} x {window.size[1]} pixels, got {most}")
-        height, width = (_integer(a, b, generator) for a, b in zip(least, most, strict=True))
-        top = _integer(window.top, window.bottom - height, generator)
-        left = _integer(window.left, window.right - width, generator)
-        boxes.append(Box(top, left, top + height, left + width))
+        _check_fits("largest", most, window)
+        sides = (_integer(least[0], most[0], generator), _integer(least[1], most[1], generator))
+        boxes.append(_placed(sides, window, generator))
     return boxes
+
+
+def _check_fits(name: str, sides: tuple[int, int], window: Box) -> None:
+    height, width = window.size
+    if sides[0] > height or sides[1] > width:
+        raise ValueError(f"{name}: expected boxes that fit {height} x {width} pixels, got {sides[0]} x {sides[1]}")
+
+
+def _placed(sides: tuple[int, int], window: Box, generator: torch.Generator) -> Box:
+    top = _integer(window.top, window.bottom - sides[0], generator)
+    left = _integer(window.left, window.right - sides[1], generator)
+    return Box(top, left, top + sides[0], left + sides[1])
 
 
 def shrink_boxes(boxes: Sequence[Box], most: Size, *, generator: torch.Generator) -> list[Box]:
@@ -184,9 +195,9 @@ def free_form_masks(
     """Brush strokes that turn sharply to and fro: DeepFill v2's masks, bool [B, 1, H, W].
 
     A stroke starts anywhere. Each of its pieces has a length from a normal distribution with the mean of an eighth of
-    the image's diagonal and half of that as deviation, cut off at 0 and at twice the mean; its direction is 72 degrees,
-    less and more by up to 24, above and below the horizontal in turn. The brush is round. On the mean 15 % of
-    256 x 256 pixels are hole, 3.7 % to 29 % in nine masks of ten.
+    the image's diagonal and half of that, rounded down, as deviation, cut off at 0 and at twice the mean; its direction
+    is 72 degrees, less and more by up to 24, above and below the horizontal in turn. The brush is round. On the mean
+    15 % of 256 x 256 pixels are hole, 3.7 % to 29 % in nine masks of ten.
 
     Args:
         count: B.
@@ -299,10 +310,11 @@ def random_walk_masks(
     check_range("steps", steps, minimum=1, integer=True)
     masks = torch.zeros(_checked_count(count), height * width, dtype=torch.bool, device=device)
     for mask in masks:
+        start = _integer(0, height - 1, generator), _integer(0, width - 1, generator)
         direction = torch.randint(4, (steps,), generator=generator).to(device)
         sign = 1 - 2 * (direction % 2)
-        rows = _walk(sign * (direction < 2), height, _integer(0, height - 1, generator))
-        columns = _walk(sign * (direction >= 2), width, _integer(0, width - 1, generator))
+        rows = _walk(sign * (direction < 2), height, start[0])
+        columns = _walk(sign * (direction >= 2), width, start[1])
         mask[rows * width + columns] = True
     return masks.view(count, 1, height, width)
 
@@ -331,10 +343,17 @@ class MaskFolder(Sequence[Tensor]):
 
     Raises:
         ValueError: there is no such folder, or no mask in it.
+
+    Example, for pictures that are bright in the hole::
+
+        def read(path):
+            return torch.from_numpy(masks.mask_from_brightness(images.read_photo(path).pixels))
+
+        drawn_masks(MaskFolder("masks", read), 16, 256, generator=generator, device="cuda")
     """
 
     def __init__(
-        self, folder: Path, read: Callable[[Path], Tensor], *, suffixes: Sequence[str] = IMAGE_SUFFIXES
+        self, folder: str | Path, read: Callable[[Path], Tensor], *, suffixes: Sequence[str] = IMAGE_SUFFIXES
     ) -> None:
         self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
         self._read = read

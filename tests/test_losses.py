@@ -491,6 +491,7 @@ IMAGE = torch.zeros(2, 3, 4, 5)
         (lambda: losses.discounted_l1_loss(IMAGE, IMAGE, 1.5), "gamma: expected a number >= 0 and <= 1, got 1.5"),
         (lambda: losses.spatial_discount(0, 4), "height: expected a number >= 1, got 0"),
         (lambda: losses.total_variation_loss(IMAGE[:, :, :1]), "image: expected a height and width of at least 2"),
+        (lambda: losses.total_variation_loss(IMAGE, IMAGE[0]), r"hole: expected shape \[B\|1, 1, H, W\]"),
         (lambda: losses.hinge_generator_loss(IMAGE.int()), "fake: expected a floating-point tensor, got torch.int32"),
         (lambda: losses.gradient_penalty(torch.sum, IMAGE, IMAGE[:1]), "real: expected the shape of fake"),
         (lambda: losses.gradient_penalty(torch.sum, IMAGE, IMAGE, position=torch.zeros(2)), "position: expected shape"),

@@ -141,7 +141,7 @@ def test_deepfill_v1(folder):
 
 
 def test_the_masked_penalty(folder):
-    """Against the only masked one that runs here, in its form for whole images; its division by the mask's mean undone."""
+    """Against the only masked one that runs here, for whole images and not divided by the mask's mean."""
     root = checkout("open-mmlab/mmagic", folder)
     _, provided = mmcv_stand_in.stand_ins(root)
     provided["mmagic.models.losses"] = types.ModuleType("mmagic.models.losses")

@@ -25,6 +25,8 @@ from inpaint_kernels.models.random_masks import (
 )
 from torch import Tensor
 
+from inpaint_kernels import images, masks
+
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -273,6 +275,19 @@ def test_a_folder_is_sorted_and_read_when_asked(tmp_path):
     assert read == ["b.png"]
 
 
+def test_mask_files_become_holes_of_the_wanted_size(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    picture = image.new("L", (12, 8), 0)
+    picture.paste(255, (3, 2, 9, 4))
+    picture.save(tmp_path / "mask.png")
+
+    def read(path: Path) -> Tensor:
+        return torch.from_numpy(masks.mask_from_brightness(images.read_photo(path).pixels))
+
+    drawn = drawn_masks(MaskFolder(tmp_path, read), 2, (16, 24), generator=seeded())
+    assert torch.equal(drawn, box_masks([Box(4, 6, 8, 18)], (16, 24)).expand(2, -1, -1, -1))
+
+
 def test_masks_are_drawn_from_all_of_a_collection():
     masks = [torch.full((2, 2), n == 0) for n in range(4)]
     drawn = drawn_masks(masks, 2000, 2, generator=seeded())
@@ -301,14 +316,15 @@ BOX = Box(0, 0, 4, 4)
         (lambda: random_boxes(0, 8, 4, generator=seeded()), "count: expected a number >= 1, got 0"),
         (
             lambda: random_boxes(1, 8, 9, generator=seeded()),
-            r"largest: expected boxes that fit 8 x 8 pixels, got \(9, 9\)",
+            "box_size: expected boxes that fit 8 x 8 pixels, got 9 x 9",
         ),
-        (lambda: random_boxes(1, 8, 4, margin=3, generator=seeded()), "largest: expected boxes that fit 2 x 2 pixels"),
+        (lambda: random_boxes(1, 8, 4, margin=3, generator=seeded()), "box_size: expected boxes that fit 2 x 2 pixels"),
         (lambda: random_boxes(1, 8, 4, generator=7), "generator: expected a torch.Generator, got int"),
         (
             lambda: random_boxes_within([BOX], 3, 2, generator=seeded()),
             r"smallest: expected no more than largest, \(2, 2\)",
         ),
+        (lambda: random_boxes_within([BOX], 1, 5, generator=seeded()), "largest: expected boxes that fit 4 x 4 pixels"),
         (lambda: shrink_boxes([BOX], 2, generator=seeded()), "most: expected less than half of a box of 4 x 4"),
         (lambda: box_masks([], 8), "boxes: expected at least one, got none"),
         (lambda: crop_boxes(torch.zeros(3, 1, 8, 8), [BOX] * 2), "boxes: expected 1 or 3, got 2"),
@@ -319,6 +335,7 @@ BOX = Box(0, 0, 4, 4)
         (lambda: free_form_masks(1, 8, width=(3, 2), generator=seeded()), "width: expected a number >= 3, got 2"),
         (lambda: free_form_masks(1, 8, strokes=2, generator=seeded()), r"strokes: expected \(least, greatest\), got 2"),
         (lambda: random_walk_masks(1, 8, steps=0, generator=seeded()), "steps: expected a number >= 1, got 0"),
+        (lambda: random_walk_masks(1, 8, generator=None), "generator: expected a torch.Generator, got NoneType"),
         (lambda: random_walk_masks(1, 0, generator=seeded()), "image_size: expected a number >= 1, got 0"),
         (lambda: drawn_masks([], 1, 8, generator=seeded()), "masks: expected at least one, got none"),
         (lambda: drawn_masks([torch.zeros(1, 2, 2)], 1, 8, generator=seeded()), r"masks: expected shape \[H, W\]"),
