@@ -177,7 +177,7 @@ MAY_IMPORT = {
     "mask_options": {"images", "masks", PUBLIC},
     "masks": set(),
     "metrics": set(),
-    "models": {"_checks", "models", "nn", PUBLIC},
+    "models": {"_checks", "checkpoint_files", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
