@@ -45,6 +45,7 @@ from inpaint_kernels.mask_options import (
     GrowOption,
     InvertOption,
     MaskArgument,
+    RandomOption,
     ResizeOption,
     ThresholdOption,
     ToleranceOption,
@@ -198,6 +199,7 @@ def fill(
     invert_mask: InvertOption = False,
     mask_grow: GrowOption = 0,
     resize_mask: ResizeOption = False,
+    mask_random: RandomOption = None,
     force: ForceOption = False,
     skip_existing: Annotated[
         bool,
@@ -262,6 +264,8 @@ def fill(
         invert_mask,
         mask_grow,
         resize_mask,
+        mask_random,
+        seed,
     )
     names = _model_names(model)
     sigmas = _numbers("--sigma", sigma)
@@ -290,7 +294,7 @@ def fill(
 
         def read(task: Task) -> tuple[images.Photo, masks.Mask]:
             photo = _read(task.image, max_pixels)
-            hole = build_mask(photo, replace(options, file=task.mask), max_pixels)
+            hole = build_mask(photo, replace(options, file=task.mask), task.image.name, max_pixels)
             _warn(masks.hole_warning(hole))
             return photo, hole
 
@@ -317,8 +321,10 @@ def write_mask(
     invert_mask: InvertOption = False,
     mask_grow: GrowOption = 0,
     resize_mask: ResizeOption = False,
+    mask_random: RandomOption = None,
     force: ForceOption = False,
     max_pixels: MaxPixelsOption = None,
+    seed: Annotated[int, typer.Option(help="Of --mask-random.")] = 0,
 ) -> None:
     """Write the mask that fill would use with the same options: white in the hole, black elsewhere."""
     options = mask_options(
@@ -331,13 +337,15 @@ def write_mask(
         invert_mask,
         mask_grow,
         resize_mask,
+        mask_random,
+        seed,
     )
     with _errors_as_sentences():
         if images.format_of(output) == "JPEG":
             raise ValueError(f"{output}: JPEG would blur the mask; write PNG, TIFF or WebP")
         images.check_output(output, force=force, inputs=[path for path in (image, mask) if path is not None])
         photo = _read(image, max_pixels)
-        hole = build_mask(photo, options, max_pixels)
+        hole = build_mask(photo, options, image.name, max_pixels)
         _warn(masks.hole_warning(hole))
         images.write_photo(output, images.Photo(np.where(hole, 255, 0).astype(np.uint8), "PNG"))
         _out.print(f"hole: {masks.describe_hole(hole)}: {escape(str(output))}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import typer
 
 from inpaint_kernels import images, masks
+from inpaint_kernels.models import random_masks
 
 _MASKS = "The hole"
 MaskArgument = Annotated[
@@ -73,9 +76,21 @@ ResizeOption = Annotated[
 ]
 
 
+RandomOption = Annotated[
+    Literal["bbox", "strokes", "irregular"] | None,
+    typer.Option(
+        "--mask-random",
+        help="A hole drawn at random, another one for each photo, the same for a --seed: a box of half the sides, "
+        "DeepFill v2's strokes, or the blots of a random walk.",
+        show_default=False,
+        rich_help_panel=_MASKS,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class MaskOptions:
-    """Where the hole is, as the command line says it."""
+    """Where the hole is, as the command line says it; ``seed`` is that of random holes."""
 
     file: Path | None
     boxes: Sequence[masks.Box]
@@ -86,6 +101,8 @@ class MaskOptions:
     invert: bool
     grow: int
     resize: bool
+    random: str | None = None
+    seed: int = 0
 
     @property
     def erased_from_photo(self) -> bool:
@@ -103,6 +120,8 @@ def mask_options(
     invert: bool,
     grow: int,
     resize: bool,
+    random: str | None,
+    seed: int,
 ) -> MaskOptions:
     """The options in their own types; a wrong word is a wrong command line."""
     try:
@@ -110,13 +129,24 @@ def mask_options(
         parsed_colour = None if colour is None else masks.parse_colour(colour)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if file is None and not parsed_boxes and parsed_colour is None and not alpha:
-        raise typer.BadParameter("where is the hole? Give a MASK file, --mask-box, --mask-color or --mask-alpha")
-    return MaskOptions(file, parsed_boxes, parsed_colour, tolerance, alpha, threshold, invert, grow, resize)
+    if file is None and not parsed_boxes and parsed_colour is None and not alpha and random is None:
+        raise typer.BadParameter(
+            "where is the hole? Give a MASK file, --mask-box, --mask-color, --mask-alpha or --mask-random"
+        )
+    return MaskOptions(
+        file, parsed_boxes, parsed_colour, tolerance, alpha, threshold, invert, grow, resize, random, seed
+    )
 
 
-def build_mask(photo: images.Photo, options: MaskOptions, max_pixels: int | None) -> masks.Mask:
-    """Union of everything that the options call hole, then inverted and grown as they say."""
+def build_mask(photo: images.Photo, options: MaskOptions, name: str, max_pixels: int | None) -> masks.Mask:
+    """Union of everything that the options call hole, then inverted and grown as they say.
+
+    Args:
+        photo: whose holes they are.
+        options: see :class:`MaskOptions`.
+        name: of the photo's file, of which random holes depend.
+        max_pixels: of the mask's file, see :func:`inpaint_kernels.images.read_photo`.
+    """
     source = photo
     if options.file is not None:
         source = images.read_photo(options.file, max_pixels=max_pixels)
@@ -137,5 +167,19 @@ def build_mask(photo: images.Photo, options: MaskOptions, max_pixels: int | None
         parts = [masks.resize_mask(part, *size) for part in parts]
     if options.boxes:
         parts.append(masks.mask_from_boxes(*size, options.boxes))
+    if options.random is not None:
+        parts.append(_random_mask(options.random, size, options.seed, name))
     mask = np.logical_or.reduce(parts)
     return masks.grow_mask(~mask if options.invert else mask, options.grow)
+
+
+def _random_mask(kind: str, size: tuple[int, int], seed: int, name: str) -> masks.Mask:
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    if kind == "bbox":
+        half = (-(-size[0] // 2), -(-size[1] // 2))
+        mask = random_masks.box_masks(random_masks.random_boxes(1, size, half, generator=generator), size)
+    elif kind == "strokes":
+        mask = random_masks.free_form_masks(1, size, generator=generator)
+    else:
+        mask = random_masks.random_walk_masks(1, size, generator=generator)
+    return np.asarray(mask[0, 0].numpy())

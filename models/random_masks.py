@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from inpaint_kernels.models._interface import Box, bounding_box
+from inpaint_kernels.models._boxes import Box, bounding_box
 from torch import Tensor
 
 from inpaint_kernels._checks import check_pair, check_range, check_shape

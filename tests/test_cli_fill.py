@@ -344,6 +344,23 @@ def test_an_interrupt_leaves_whole_files_only(folder):
         assert read_photo(file).pixels.shape == (HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.parametrize("kind", ["bbox", "strokes", "irregular"])
+def test_random_masks_are_the_seeds_and_differ_from_photo_to_photo(folder, kind):
+    for name in ("photo.png", "photos/a.png"):
+        for number, seed in enumerate(("1", "1", "2")):
+            out = f"{Path(name).stem}{number}.png"
+            assert run("mask", name, "--mask-random", kind, "--seed", seed, "-o", out).exit_code == 0
+    first, again, other = (read_photo(f"photo{number}.png").pixels for number in range(3))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, read_photo("a0.png").pixels)
+    assert 0 < (first > 0).mean() < 1
+    if kind == "bbox":
+        assert (first > 0).sum() == (HEIGHT // 2) * (WIDTH // 2)
+    result = fill("photos", "-o", "out", "--mask-random", kind, "--model", "diffusion")
+    assert "2 filled" in result.stdout
+
+
 # compare --------------------------------------------------------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ MAY_IMPORT = {
     "flow_color": {"_checks"},
     "images": {"_files"},
     "info": {"_backends", "_native"},
-    "mask_options": {"images", "masks", PUBLIC},
+    "mask_options": {"images", "masks", "models", PUBLIC},
     "masks": set(),
     "metrics": set(),
     "models": {"_checks", "checkpoint_files", "models", "nn", PUBLIC},
