@@ -115,8 +115,8 @@ def fill(
         str | None,
         typer.Option(
             help=f"One or several of {', '.join((*METHODS, *MODELS))}, separated by commas (several: --save-sheet). "
-            "auto: diffusion for thin holes such as scratches, exemplar for all others.  [default: that of --weights, "
-            "or auto]",
+            "auto: diffusion for thin holes such as scratches, exemplar for all others (default: that of --weights, "
+            "or auto).",
             show_default=False,
         ),
     ] = None,

@@ -144,8 +144,9 @@ def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ImageFileError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise ImageFileError(f"{path}: not a picture of a kind that can be read ({', '.join(READABLE)})") from error
-    # Pillow's decoders raise all of these on damaged files, SyntaxError included ("broken PNG file").
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    # On damaged files Pillow's decoders raise whatever they stumble over, SyntaxError ("broken PNG file") and KeyError
+    # included.
+    except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ImageFileError(f"{path}: cannot be read: {reason}") from error
 
