@@ -8,7 +8,6 @@ reading and its tag is dropped. Writing is atomic: the file appears whole, or it
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import struct
 import sys
@@ -24,6 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from inpaint_kernels import _files
 
 READABLE = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -274,7 +275,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[
         raise ImageFileError(f"{path}: is a folder")
     if target.exists() and not force:
         raise ImageFileError(f"{path}: exists; force (--force) replaces it")
-    probe = _temporary_beside(target)
+    probe = _files.temporary_beside(target)
     try:
         probe.open("xb").close()
     except OSError as error:
@@ -341,25 +342,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     Raises:
         ImageFileError: the file cannot be written.
     """
-    target = Path(os.path.realpath(path))  # a link keeps pointing; its target is replaced
-    temporary = _temporary_beside(target)
     try:
-        with temporary.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ImageFileError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
-
-
-def _temporary_beside(target: Path) -> Path:
-    # Same folder, so that the final move stays inside one file system. A short own name: the target's may already be
-    # as long as the file system allows.
-    return target.with_name(f".{secrets.token_hex(8)}.tmp")
+        _files.write_atomically(path, write)
+    except OSError as error:
+        raise ImageFileError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _encode(stream: BinaryIO, photo: Photo, file_format: str, quality: int) -> None:
