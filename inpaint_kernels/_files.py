@@ -38,7 +38,7 @@ def check_output(path: AnyPath, *, force: bool, inputs: Iterable[AnyPath] = ()) 
     probe.unlink()
 
 
-def write_atomically(path: AnyPath, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step; on failure leave nothing.
 
     Raises:

@@ -126,13 +126,13 @@ class CSA(torch.nn.Module):
         if mask is not None:
             self.set_mask(mask)
 
-    def set_mask(self, mask: Tensor, layers: int = 3, threshold: float | Fraction = Fraction(5, 16)) -> Tensor:
+    def set_mask(self, mask: Tensor, layers: int = 3, threshold: float | Fraction = 5 / 16) -> Tensor:
         """Make the flags of all following calls from an image's mask, as the published layer does in its first call.
 
         There, ``layers`` convolutions of 4 x 4 ones / 16 with stride 2 and a zero border follow each other, and a
-        position is masked where the result is larger than ``threshold``. Sums of ones are integers, so they are
-        compared as such: 16^layers * threshold is never rounded, and every device decides alike. With the published
-        values lines of up to 5 pixels are never masked, and squares from 12 pixels on always are.
+        position is masked where the result is larger than ``threshold``. Results are multiples of 16^-layers, which
+        float32 holds exactly, so every device decides alike. With the published values lines of up to 5 pixels are
+        never masked, and squares from 12 pixels on always are.
 
         Args:
             mask: [H, W] or [B or 1, 1, H, W], any dtype, non-zero = hole.

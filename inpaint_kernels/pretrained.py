@@ -116,12 +116,8 @@ def convert_checkpoint(
     _say_licence(pretrained)
     metadata = _metadata(pretrained)
     content = save({name: tensor.contiguous() for name, tensor in pretrained.model.state_dict().items()}, metadata)
-    write_atomically(target, lambda stream: _write(stream, content))
+    write_atomically(target, lambda stream: stream.write(content))
     return metadata
-
-
-def _write(stream: Any, content: bytes) -> None:
-    stream.write(content)
 
 
 def _metadata(pretrained: _Pretrained) -> dict[str, str]:

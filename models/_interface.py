@@ -72,11 +72,13 @@ class InpaintingModel(nn.Module):
             mask: [B or 1, 1, H, W], bool, uint8 or floating; hole where it is larger than 0.5.
             region: "full"; "hole": only what the pixels of the holes depend on is computed, equal there up to
                 rounding; or the boxes of the image that are wanted, for every image of the batch. Where one box needs
-                everything (:meth:`needed_regions` is None), everything is computed.
+                everything (:meth:`needed_regions` is None), everything is computed; so it is for "hole" under
+                torch.compile and torch.export, whose graphs cannot depend on where a hole lies.
             **guidance: what else the network takes, see :meth:`paint` of its class.
 
         Returns:
-            An :class:`InpaintResult`.
+            An :class:`InpaintResult`, its images in the dtype of ``image``. Inside ``torch.autocast`` convolutions run
+            in the short dtype, attention, HOG and the sums of norms in float32.
 
         Raises:
             ValueError, TypeError: an argument has the wrong rank, size, dtype or device; the message names it.
@@ -84,11 +86,12 @@ class InpaintingModel(nn.Module):
         hole = self._check(image, mask)
         image = image.masked_fill(hole, 0)
         if not isinstance(region, str):
-            return self.paint(image, hole, boxes=self._check_boxes(region, image), **guidance)
+            result = self.paint(image, hole, boxes=self._check_boxes(region, image), **guidance)
+            return _of_dtype(image.dtype, result)
         check_choice("region", region, REGIONS)
         if region == "hole" and not torch.compiler.is_compiling():
-            return self._paint_holes(image, hole, guidance)
-        return self.paint(image, hole, **guidance)
+            return _of_dtype(image.dtype, self._paint_holes(image, hole, guidance))
+        return _of_dtype(image.dtype, self.paint(image, hole, **guidance))
 
     def paint(
         self, image: Tensor, hole: Tensor, *, boxes: Sequence[Box] | None = None, **guidance: Any
@@ -186,6 +189,12 @@ class InpaintingModel(nn.Module):
             parts.append(self.paint(image[one], hole[one], boxes=wanted or None, **own))
         fields: list[Any] = [None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)]
         return InpaintResult(*fields)
+
+
+def _of_dtype(dtype: torch.dtype, result: InpaintResult) -> InpaintResult:
+    """Its images in that dtype: autocast leaves some in the short one."""
+    fields: list[Any] = [v.to(dtype) if v is not None and v.is_floating_point() else v for v in result]
+    return InpaintResult(*fields)
 
 
 def of_sample(value: Any, i: int, batch: int) -> Any:

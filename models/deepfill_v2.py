@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
+import torch
 from inpaint_kernels.models._deepfill import DeepFill, Dialect
 from inpaint_kernels.models._interface import named
 from inpaint_kernels.models._layers import Convolution
@@ -94,6 +95,7 @@ class SNPatchGAN(nn.Sequential):
 
     def __init__(self, guided: bool = False, border: str = "zeros") -> None:
         super().__init__()
+        self.guided, self.border = guided, border
         widths = (4 + guided, 64, 128, 256, 256, 256, 256)
         for number in range(1, len(widths)):
             layer = Convolution(
@@ -105,3 +107,14 @@ class SNPatchGAN(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """The score of every patch."""
         return super().forward(x).flatten(1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch pickles no parametrized layer: a copy is built anew and takes over the state.
+        return _rebuilt, (self.guided, self.border, self.state_dict(), self.training)
+
+
+def _rebuilt(guided: bool, border: str, state: dict[str, Tensor], training: bool) -> SNPatchGAN:
+    with torch.device("meta"):
+        network = SNPatchGAN(guided, border)
+    network.load_state_dict(state, assign=True)
+    return network.train(training)

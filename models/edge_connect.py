@@ -311,6 +311,10 @@ class EdgeConnect(InpaintingModel):
         """
         drawing = None if edges is None else check_guidance("edges", edges, image)
         if canny_edges is None:
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "canny_edges: expected the known edges in an export, as Canny runs outside of the graph"
+                )
             known = canny(image, hole, sigma)
         else:
             known = check_guidance("canny_edges", canny_edges, image).masked_fill(hole, 0)

@@ -13,9 +13,10 @@ from inpaint_kernels.models.csa import (
     PatchDiscriminator,
     RefinementGenerator,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from inpaint_kernels import coherent_semantic_attention
+from tests.model_cases import CASES
 from tests.model_contract import Case, contract, record_inputs
 from tests.model_pairs import CSA_CHANNELS, CSA_DEPTH, hashed_image, holes
 
@@ -24,13 +25,7 @@ SIZE = (64, 72)
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    torch.manual_seed(0)
-    model = CSA(CSA_CHANNELS, CSA_DEPTH).eval()
-    for network in (model.coarse_generator, model.refinement_generator):
-        for parameter in network.parameters():
-            if parameter.dim() > 1:  # the published 0.02 suits 8 times the channels
-                nn.init.kaiming_normal_(parameter)
-    return Case(model, SIZE, needs_known=True, tolerance=5e-4)  # norms of 2 x 2 maps magnify rounding
+    return CASES["csa"]()
 
 
 @contract

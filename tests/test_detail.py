@@ -14,8 +14,7 @@ from torch import Tensor
 
 from inpaint_kernels import inpaint, models
 from inpaint_kernels.detail import carried_residual, match
-from tests.model_cases import holes, seeded
-from tests.test_models import narrow
+from tests.model_cases import holes, narrow, seeded
 
 SCALE = 3
 TILE = 24  # pixels of the photo, a whole number of the reduced one's

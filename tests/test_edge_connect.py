@@ -11,7 +11,6 @@ import torch
 from inpaint_kernels.models import edge_connect
 from inpaint_kernels.models.edge_connect import (
     Discriminator,
-    EdgeConnect,
     EdgeGenerator,
     InpaintGenerator,
     canny,
@@ -20,16 +19,16 @@ from inpaint_kernels.models.edge_connect import (
 )
 
 from benches.peer_models import relative_error
+from tests.model_cases import CASES
 from tests.model_contract import Case, contract, record_inputs
-from tests.model_pairs import edges, hashed_image, holes
+from tests.model_pairs import hashed_image, holes
 
 SIZE = (24, 32)
 
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    torch.manual_seed(0)
-    return Case(EdgeConnect(residual_blocks=1).eval(), SIZE, {"canny_edges": edges(SIZE, 2).float()})
+    return CASES["edge_connect"]()
 
 
 @contract

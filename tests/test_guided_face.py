@@ -7,6 +7,7 @@ import torch
 from inpaint_kernels.models.edge_connect import EdgeConnect, to_gray
 from inpaint_kernels.models.guided_face import GuidedFace, discriminators, hog_target, touched_cells
 
+from tests.model_cases import CASES, DIALECTS
 from tests.model_contract import Case, contract, record_inputs
 from tests.model_pairs import hashed_image
 
@@ -15,14 +16,12 @@ SIZE = (32, 48)
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    torch.manual_seed(0)
-    return Case(GuidedFace(residual_blocks=1).eval(), SIZE)
+    return CASES["guided_face"]()
 
 
 @pytest.fixture(scope="module")
 def literal() -> Case:
-    torch.manual_seed(0)
-    return Case(GuidedFace("literal", residual_blocks=1).eval(), SIZE)
+    return DIALECTS["guided_face-literal"]()
 
 
 @contract

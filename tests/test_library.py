@@ -145,6 +145,7 @@ MAY_IMPORT = {
     "_compile": set(),
     "_files": set(),
     "_native": {"_compile"},
+    "_onnx_composites": {"portable", "reference"},
     "_packed_weights": set(),
     "acceleration": {"recipes"},
     "catalogue": {"models"},
@@ -179,6 +180,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "models": {"_checks", "checkpoint_files", "models", "nn", PUBLIC},
     "nn": {"ops"},
+    "onnx": {"_files", "_onnx_composites", "models"},
     "cuda_kernels": {"cuda_kernels", "portable"},
     "ops": {*FOUNDATION, "cuda_kernels", "ops", "portable", "reference", "triton_kernels"},
     "panels": {"images", PUBLIC},
@@ -272,11 +274,11 @@ def test_every_layer_needs_only_its_third_party_packages():
     assert not wrong, wrong
 
 
-def test_images_and_masks_do_without_torch():
-    for layer in ("images", "masks"):
+def test_files_images_and_masks_do_without_torch():
+    for layer in ("_files", "images", "masks"):
+        assert imported_layers(PACKAGE / f"{layer}.py") <= {"_files"}, layer
         packages = {name.partition(".")[0] for name in imported_names(PACKAGE / f"{layer}.py")}
         assert "torch" not in packages, layer
-        assert imported_layers(PACKAGE / f"{layer}.py") <= {"_files"}, layer
 
 
 def test_imports_make_no_cycle():

@@ -72,3 +72,15 @@ def test_a_single_pixel_is_refused_as_by_torch():
 def test_module_has_torchs_keys():
     assert InstanceNorm(3).state_dict().keys() == torch.nn.InstanceNorm2d(3, affine=True).state_dict().keys()
     assert not InstanceNorm(3, affine=False).state_dict()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_norms_are_rounded_once(dtype, recorded):
+    """Sums in a short dtype would lose all digits of maps whose mean is 300 times their deviation."""
+    x, weight, bias = (300 + torch.randn(2, 4, 64, 64)).to(dtype), torch.rand(4), torch.rand(4)
+    exact = F.instance_norm(x.double(), weight=weight.double(), bias=bias.double())
+    with torch.set_grad_enabled(recorded), torch.autocast("cpu", dtype):
+        found = instance_norm(x.contiguous(memory_format=torch.channels_last), weight, bias)
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= 0.55 * torch.finfo(dtype).eps * exact.abs().max()

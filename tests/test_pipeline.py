@@ -19,8 +19,7 @@ from torch import Tensor
 
 import inpaint_kernels
 from inpaint_kernels import images, inpaint
-from tests.model_cases import holes, photo, seeded
-from tests.test_models import narrow, narrow_glcic, narrow_unet
+from tests.model_cases import holes, narrow, narrow_glcic, narrow_unet, photo, seeded
 
 MODELS: dict[str, Callable[[], InpaintingModel]] = {
     "deepfill_v1": lambda: seeded(DeepFillV1(narrow())),

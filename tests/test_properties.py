@@ -16,8 +16,7 @@ from PIL import Image
 
 from inpaint_kernels import CheckpointError, inpaint, load_pretrained
 from inpaint_kernels.images import ImageFileError, read_photo
-from tests.model_cases import seeded
-from tests.test_models import narrow, narrow_glcic, narrow_unet
+from tests.model_cases import narrow, narrow_glcic, narrow_unet, seeded
 
 MODELS = {
     "deepfill_v1": seeded(DeepFillV1(narrow("same_tf", "official"))),

@@ -263,10 +263,10 @@ def flags_of_mask(mask: Tensor, layers: int, threshold: float | Fraction) -> Ten
         raise ValueError(f"threshold: expected a number >= 0 and < 1, got {threshold}")
     if min(mask.shape[-2:]) < 2**layers:
         raise ValueError(f"mask: expected H and W of at least 2^layers = {2**layers}, got {list(mask.shape)}")
-    sums = (mask != 0).float().view(-1, 1, *mask.shape[-2:])
-    for _ in range(layers):  # of 4 x 4, up to 16^6 = 2^24: exact in float32
-        sums = F.avg_pool2d(sums, 4, stride=2, padding=1, divisor_override=1)
-    return (sums > math.floor(Fraction(threshold) * 16**layers))[:, 0].cpu()
+    share = (mask != 0).float().view(-1, 1, *mask.shape[-2:])
+    for _ in range(layers):  # a multiple of 16^-6 = 2^-24 at most: exact in float32
+        share = F.avg_pool2d(share, 4, stride=2, padding=1)
+    return (share > math.floor(threshold * 16**layers) / 16**layers)[:, 0].cpu()
 
 
 # 3. Schema ------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ from inpaint_kernels.reference import contextual_attention as reference
 
 Box = tuple[int, int, int, int]
 
+# Read here, for torch.compile cannot.
+_PRESET_FIELDS = frozenset(field.name for field in dataclasses.fields(ContextualAttentionPreset))
+
 
 class ContextualAttentionResult(NamedTuple):
     """What ``contextual_attention(..., return_offsets=True)`` returns.
@@ -226,7 +229,7 @@ def resolve_preset(preset: str | ContextualAttentionPreset, overrides: dict[str,
         raise TypeError(f"preset: expected a name or a ContextualAttentionPreset, got {type(preset).__name__}")
     if not overrides:
         return preset
-    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(ContextualAttentionPreset)})
+    unknown = sorted(set(overrides) - _PRESET_FIELDS)
     if unknown:
         raise TypeError(f"contextual_attention: unexpected argument {unknown[0]!r}, not a field of the preset")
     preset = dataclasses.replace(preset, **overrides)

@@ -24,7 +24,8 @@ def convolution(
 
     ``pad`` is (top, bottom, left, right); the border is 0, or with ``reflect`` the pixels mirrored at the edge.
     """
-    x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    if upsample > 1:
+        x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
     top, bottom, left, right = pad
     x = F.pad(x, (left, right, top, bottom), mode="reflect" if reflect else "constant")
     return F.conv2d(x, weight, bias, stride, 0, dilation, groups)

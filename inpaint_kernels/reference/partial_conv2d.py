@@ -68,7 +68,7 @@ def partial_conv2d(
 
     if rule == "nvidia":
         update = known.clamp(0, 1)
-        ratio = window / (known + eps) * update
+        ratio = torch.where(known > 0, window / (known + eps), 0) * update
         y = raw * ratio if bias is None else ((raw - b) * ratio + b) * update
     else:
         update = known > 0
