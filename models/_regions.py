@@ -220,9 +220,7 @@ class Chain:
             part = self._at_once(plan.source.of(x), plan)
             if result is None:
                 shape = (part.shape[0], part.shape[1], height, width)
-                result = torch.empty(
-                    shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last
-                )
+                result = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
             strip.of(result).copy_(part)
         assert result is not None
         return result
@@ -236,7 +234,7 @@ class Chain:
             most = max(most, before + channels * size[0] * size[1])
         count = -(-most * x.shape[0] * x.element_size() // most_bytes)
         rows = max(-(-size[0] // count), _FEWEST_ROWS)
-        return [Box(top, 0, min(top + rows, size[0]), size[1]) for top in range(0, size[0], rows)]
+        return Box(0, 0, *size).strips(rows)
 
 
 # Working memory -------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_readme_lists_every_environment_variable():
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
 PUBLIC = "public names"
-FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights"}
+FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights", "_workspaces"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
@@ -145,6 +145,7 @@ MAY_IMPORT = {
     "_compile": set(),
     "_native": {"_compile"},
     "_packed_weights": set(),
+    "_workspaces": set(),
     "acceleration": {"recipes"},
     "cli": {"comparison", "images", "info", "masks", "panels", "photo", PUBLIC},
     "comparison": {PUBLIC},
@@ -153,6 +154,7 @@ MAY_IMPORT = {
     "images": set(),
     "info": {"_backends", "_native"},
     "masks": set(),
+    "memory_plan": {"_checks", "_workspaces", "models", "nn"},
     "models": {"_checks", "models", "nn", PUBLIC},
     "nn": {"ops"},
     "cuda_kernels": {"cuda_kernels", "portable"},
@@ -160,7 +162,7 @@ MAY_IMPORT = {
     "panels": {"images", PUBLIC},
     "photo": {"images", "masks", "models"},
     "photo_tensors": {"_checks", "images"},
-    "pipeline": {"_checks", "models", "photo_tensors"},
+    "pipeline": {"_checks", "memory_plan", "models", "photo_tensors"},
     "portable": {"portable"},
     "recipes": {"flow_color", "ops", "recipes"},
     "reference": {"reference"},
