@@ -385,7 +385,7 @@ _FITTED: Mapping[str, Callable[[_Run, Tensor, Tensor], InpaintResult]] = {
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 _WORKING_MEMORY = tuple(mebibytes << 20 for mebibytes in (512, 256, 128, 64, 32))
-"""Of strips, see :func:`.models._regions.working_memory`. On a CPU those of 128 MiB take no more time than whole maps."""
+"""Of strips, see :func:`.models._regions.working_memory`. On a CPU those of 128 MiB cost no time."""
 _BYTES_PER_PIXEL = 2 * (3 * 4 + 1)
 """Of the photo and its mask as a network sees them, before and behind their padding."""
 

@@ -283,19 +283,28 @@ class DeepFill(InpaintingModel):
         """
         size = (image.shape[2], image.shape[3])
         plans = [None] if boxes is None else [self._plan(box, size) for box in boxes]
-        known, mask = self._scale(image, hole), hole.to(image.dtype)
-        lines = self._lines(sketch, image, hole)
-        indicators = [torch.ones_like(mask[:, :, :1, :1]).expand_as(mask), mask] if self.dialect.ones else [mask]
-        first = torch.cat([known, *lines, *indicators], 1)
-        stage = self._chain(COARSE, LAST[0])
-        coarse = pasted((self._squash(stage.run(first, plan and plan.coarse)) for plan in plans), known, boxes)
-        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
-        second = second.contiguous(memory_format=torch.channels_last)  # once, for both branches
-        del first, known  # of a large image they would wait for the second stage to end
-        attended, attention = self._attend(self._chain(MATCHED)(second), mask, plans, return_attention)
+        coarse, second = self._first_stage(image, hole, self._lines(sketch, image, hole), boxes, plans)
+        attended, attention = self._attend(self._chain(MATCHED)(second), hole, plans, return_attention)
         painted = (self._refine(second, source, plan) for source, plan in zip(attended, plans, strict=True))
         output = self._unscale(pasted(painted, self._scale(image, hole), boxes))
         return InpaintResult(output, complete(image, output, hole), self._unscale(coarse), attention)
+
+    def _first_stage(
+        self,
+        image: Tensor,
+        hole: Tensor,
+        lines: list[Tensor],
+        boxes: Sequence[Box] | None,
+        plans: Sequence[_Plan | None],
+    ) -> tuple[Tensor, Tensor]:
+        """What it paints, and what the second stage sees, in channels_last for both of its branches."""
+        known, mask = self._scale(image, hole), hole.to(image.dtype)
+        indicators = [torch.ones_like(mask[:, :, :1, :1]).expand_as(mask), mask] if self.dialect.ones else [mask]
+        x = torch.cat([known, *lines, *indicators], 1)
+        stage = self._chain(COARSE, LAST[0])
+        coarse = pasted((self._squash(stage.run(x, plan and plan.coarse)) for plan in plans), known, boxes)
+        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
+        return coarse, second.contiguous(memory_format=torch.channels_last)
 
     def _refine(self, second: Tensor, attended: Tensor, plan: _Plan | None) -> Tensor:
         dilated = self._chain(DILATED).run(second, plan and plan.dilated)
@@ -310,11 +319,8 @@ class DeepFill(InpaintingModel):
         """What stands in the features' place where each plan reads it, and the offsets, if they are wanted."""
         options: dict[str, Any] = {"preset": self.dialect.attention, "fuse": self.dialect.fuse, "mask_batch": "each"}
         options["return_offsets"] = return_attention
-        sources: list[Tensor] = []
-        offsets = None
-        for plan in plans:
-            if plan is not None:
-                sources.append(matched.new_empty(*matched.shape[:2], *plan.attended.source.size))
+        shape, offsets = matched.shape[:2], None
+        sources = [matched.new_empty(*shape, *plan.attended.source.size) for plan in plans if plan is not None]
         for queries in _queries(plans, matched):
             output = contextual_attention(matched, matched, mask, queries=queries, **options)
             if return_attention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_amounts_of_memory_are_read():
     with pytest.raises(ValueError, match="memory: expected a number >= 1, got 0"):
         parse(0)
     with pytest.raises(TypeError, match="memory: expected an integer, got float"):
-        parse(1.5)
+        parse(1.5)  # type: ignore[arg-type]
 
 
 # Strips ---------------------------------------------------------------------------------------------------------------
@@ -177,9 +178,12 @@ def test_strips_equal_whole_maps(name, monkeypatch):
     image, mask = photo(200, 104, 2, torch.float64), holes(200, 104, (40, 30, 90, 80))
     strips: list[int] = []
     cut = Chain._strip_by_strip
-    monkeypatch.setattr(
-        Chain, "_strip_by_strip", lambda self, x, boxes: strips.append(len(boxes)) or cut(self, x, boxes)
-    )
+
+    def record(self: Chain, x: torch.Tensor, boxes: Any) -> torch.Tensor:
+        strips.append(len(boxes))
+        return cut(self, x, boxes)
+
+    monkeypatch.setattr(Chain, "_strip_by_strip", record)
     with torch.no_grad():
         for region in ("full", "hole"):
             whole = model(image, mask, region=region)
@@ -281,3 +285,30 @@ def test_running_out_of_memory_on_a_gpu_leads_to_thinner_strips(monkeypatch):
     monkeypatch.setattr(pipeline, "_WORKING_MEMORY", pipeline._WORKING_MEMORY[:4])
     with pytest.raises(torch.cuda.OutOfMemoryError):
         inpaint(model, image, mask)
+
+
+# Large photos ---------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(model: InpaintingModel, side: int, **options: Any) -> float:
+    image = torch.rand(3, side, side)
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[HOLE.top : HOLE.bottom, HOLE.left : HOLE.right] = True
+    started = time.perf_counter()
+    inpaint(model, image, mask, **options)
+    return time.perf_counter() - started
+
+
+@pytest.mark.slow
+def test_a_hole_of_400_pixels_in_2000_is_filled_at_least_8_times_as_fast_as_all():
+    model = GLCIC().eval()
+    seconds_of(model, 1000)
+    full, hole = seconds_of(model, 2000, region="full"), min(seconds_of(model, 2000) for _ in range(3))
+    assert hole < full / 8
+
+
+@pytest.mark.slow
+def test_a_hole_in_a_photo_of_4096_pixels_is_filled_within_its_budget():
+    model = DeepFillV1().eval()
+    seconds_of(model, 1000)
+    assert seconds_of(model, 4096, memory="4GiB") < 30 * max(1, 2 / torch.get_num_threads())
