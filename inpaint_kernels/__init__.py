@@ -25,6 +25,7 @@ from inpaint_kernels.ops.patchmatch import patchmatch  # noqa: E402
 
 if TYPE_CHECKING:
     from inpaint_kernels.acceleration import AccelerationReport, ModuleReport, accelerate, accelerated
+    from inpaint_kernels.memory_plan import estimate_memory
     from inpaint_kernels.pipeline import inpaint
     from inpaint_kernels.pretrained import CheckpointError, LicenceNotice, convert_checkpoint, load_pretrained
 
@@ -46,6 +47,7 @@ __all__ = [
     "contextual_attention",
     "convert_checkpoint",
     "dilated_conv2d",
+    "estimate_memory",
     "explain",
     "flow_to_color",
     "gated_conv2d",
@@ -63,6 +65,7 @@ __all__ = [
 # Imported when they are asked for: the recipes take a quarter of the time of an import, the models import this package.
 _LAZY = {
     **dict.fromkeys(("AccelerationReport", "ModuleReport", "accelerate", "accelerated"), "acceleration"),
+    "estimate_memory": "memory_plan",
     "inpaint": "pipeline",
     **dict.fromkeys(("CheckpointError", "LicenceNotice", "convert_checkpoint", "load_pretrained"), "pretrained"),
 }

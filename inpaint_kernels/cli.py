@@ -167,6 +167,14 @@ def fill(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the computation.", rich_help_panel=_MODEL)
     ] = "float32",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model may take beside its weights, as 4GiB: large maps are computed in strips.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     guide: Annotated[
         Path | None,
         typer.Option(
@@ -274,6 +282,8 @@ def fill(
     painting = {"region": region, "fit": fit, "max_side": max_side, "margin": margin, "detail": detail, "blend": blend}
     if dtype != "float32":
         painting["dtype"] = getattr(torch, dtype)
+    if memory is not None:
+        painting["memory"] = memory
     with _errors_as_sentences():
         pictures.check(image, mask, output, force)
         drawing = None if guide is None else masks.mask_from_brightness(_read(guide, max_pixels).pixels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from inpaint_kernels._checks import check_choice, check_range
 from inpaint_kernels.detail import carried_residual, match
+from inpaint_kernels.memory_plan import estimate_memory, parse_memory
 from inpaint_kernels.models import Box, InpaintingModel, InpaintResult
 from inpaint_kernels.models._boxes import connected_boxes, merged
 from inpaint_kernels.models._interface import of_sample
+from inpaint_kernels.models._regions import working_memory
 from inpaint_kernels.models.blending import blend as solve_differences
 from inpaint_kernels.photo_tensors import PhotoTensor, read_image, read_mask
 
@@ -48,6 +50,7 @@ def inpaint(
     threshold: float = 0.5,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    memory: int | str | None = None,
     progress: Progress | None = None,
     **guidance: Any,
 ) -> InpaintResult:
@@ -83,6 +86,10 @@ def inpaint(
         threshold: share of the mask's full scale; the hole is where the mask is larger.
         dtype: of the computation: None or the parameters' own; torch.bfloat16 or torch.float16 run it in autocast.
         device: must be the model's, if it is given: models are not moved.
+        memory: bytes, or a text such as "4GiB", that the call may take beside the model, about
+            (:func:`inpaint_kernels.estimate_memory`): large maps are computed in strips as thin as needed, one image of
+            a batch after the other. No precision is given up for it; ``dtype`` does that. None: strips as thin as costs
+            no time. A GPU that runs out of memory gets thinner strips, and the call goes on.
         progress: called with the share of the work that is done (0 to 1) and the name of the stage.
         **guidance: what else the model takes, see ``paint`` of its class. Maps, [B or 1, C, H, W] of the photo's size,
             are padded, cut and reduced as the photo is.
@@ -95,6 +102,7 @@ def inpaint(
 
     Raises:
         ValueError, TypeError: an argument is of the wrong kind, size, dtype, device or value; the message names it.
+            ``memory`` does not suffice; the message says what would.
 
     Example:
         >>> from inpaint_kernels.models import GLCIC
@@ -104,7 +112,7 @@ def inpaint(
         >>> inpaint(GLCIC(), photo, hole).completed.shape
         (37, 50, 3)
     """
-    settings = _check(model, region, fit, max_side, margin, blend, detail, dtype, device)
+    settings = _check(model, region, fit, max_side, margin, blend, detail, dtype, device, memory)
     photo = read_image(image)
     hole = read_mask(mask, photo, threshold)
     report = progress or _silent
@@ -147,6 +155,7 @@ class _Settings:
         dtype: of the parameters.
         autocast: the dtype to compute in, if it is another one.
         device: of the model.
+        memory: bytes that may be taken; None: as many as are there.
     """
 
     region: str
@@ -157,6 +166,7 @@ class _Settings:
     dtype: torch.dtype
     autocast: torch.dtype | None
     device: torch.device
+    memory: int | None
 
 
 def _check(
@@ -169,6 +179,7 @@ def _check(
     detail: str,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    memory: int | str | None,
 ) -> _Settings:
     if not isinstance(model, InpaintingModel):
         raise TypeError(f"model: expected a model of inpaint_kernels.models, got {type(model).__name__}")
@@ -198,7 +209,8 @@ def _check(
         )
     autocast = None if dtype in (None, own_dtype) else dtype
     around = 0 if blend == "paste" else 1
-    return _Settings(region, max_side, margin, around, detail == "residual", own_dtype, autocast, own_device)
+    limit = None if memory is None else parse_memory(memory)
+    return _Settings(region, max_side, margin, around, detail == "residual", own_dtype, autocast, own_device, limit)
 
 
 def _canonical(device: torch.device) -> torch.device:
@@ -288,11 +300,13 @@ def _mirrored(side: int, model: InpaintingModel, device: torch.device) -> Tensor
 
 def _paint(run: _Run, image: Tensor, hole: Tensor, size: tuple[int, int]) -> InpaintResult:
     """Paint images whose size the model takes; "hole" are the holes in their top left corner of ``size``."""
+    if run.settings.memory is not None and len(image) > 1:
+        return _joined([_paint(*run.of_sample(i, image, hole), size) for i in range(len(image))])
     if run.settings.region == "full":
-        return run.model(image, hole, **run.guidance)
+        return _within_memory(run, image, hole, "full")
     wanted = [_region(run, own[0, : size[0], : size[1]].cpu(), image.shape[2:]) for own in hole]
     if all(region == wanted[0] for region in wanted):
-        return run.model(image, hole, region=wanted[0], **run.guidance)
+        return _within_memory(run, image, hole, wanted[0])
     return _joined([_paint(*run.of_sample(i, image, hole), size) for i in range(len(image))])
 
 
@@ -400,6 +414,50 @@ _FITTED: Mapping[str, Callable[[_Run, Tensor, Tensor], InpaintResult]] = {
     "crop": _crop,
     "resize": _resize,
 }
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+_WORKING_MEMORY = tuple(mebibytes << 20 for mebibytes in (512, 256, 128, 64, 32))
+"""Of strips, see :func:`.models._regions.working_memory`. On a CPU those of 128 MiB cost no time."""
+_BYTES_PER_PIXEL = 2 * (3 * 4 + 1)
+"""Of the photo and its mask as a network sees them, before and behind their padding."""
+
+
+def _within_memory(run: _Run, image: Tensor, hole: Tensor, region: str | list[Box]) -> InpaintResult:
+    """What the model makes, in strips as thin as memory asks for; thinner ones where a GPU's does not suffice."""
+    *attempts, last = _attempts(run, image, region)
+    for wanted, working_bytes in attempts:
+        with suppress(torch.cuda.OutOfMemoryError), working_memory(working_bytes):
+            return run.model(image, hole, region=wanted, **run.guidance)
+        run.report(0.05, "out of memory; painting in thinner strips")
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    with working_memory(last[1]):
+        return run.model(image, hole, region=last[0], **run.guidance)
+
+
+def _attempts(run: _Run, image: Tensor, region: str | list[Box]) -> list[tuple[str | list[Box], int | None]]:
+    """Regions and working memories to try, the quickest first, all of them within the memory that may be taken."""
+    working = (None, *_WORKING_MEMORY) if run.settings.device.type == "cuda" else _WORKING_MEMORY[2:]
+    regions = [region] if region == "full" else [region, "full"]  # of which strips can be thinner than many a box
+    attempts = [(wanted, working_bytes) for wanted in regions for working_bytes in working]
+    if run.settings.memory is None:
+        return attempts[: len(working)]
+    height, width = image.shape[2:]
+    least = None
+    for i, (wanted, working_bytes) in enumerate(attempts):
+        hole = None if isinstance(wanted, str) else wanted
+        options = {"working_bytes": working_bytes, **run.guidance}
+        needed = estimate_memory(run.model, height, width, run.settings.autocast, hole, **options)
+        needed += _BYTES_PER_PIXEL * height * width
+        if needed <= run.settings.memory:
+            return attempts[i : i + 1] if run.settings.device.type == "cpu" else attempts[i:]
+        least = needed if least is None else min(least, needed)
+    raise ValueError(
+        f"memory: expected at least {least:,} bytes ({(least or 0) / 2**30:.2f} GiB) for {type(run.model).__name__} on "
+        f"{height} x {width} pixels, got {run.settings.memory:,}; fit='resize' and fit='crop' need less"
+    )
 
 
 # Blending -------------------------------------------------------------------------------------------------------------

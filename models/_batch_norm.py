@@ -40,7 +40,10 @@ def fold(convolution: Convolutional, norm: nn.BatchNorm2d) -> tuple[Tensor, Tens
     sources = [convolution.weight, scale, shift]
     if convolution.bias is not None:
         sources.append(convolution.bias)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+    if (
+        recorded or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    ):  # or of tensors without values
         return _fold(convolution, scale, shift)
     known = _CACHE.get(convolution)
     if known is None or not _same(known.sources, sources):

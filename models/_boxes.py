@@ -41,9 +41,18 @@ class Box(NamedTuple):
         top, left = max(self.top - by, 0), max(self.left - by, 0)
         return Box(top, left, min(self.bottom + by, height), min(self.right + by, width))
 
-    def shifted(self, down: int, right: int) -> Box:
-        """The box elsewhere."""
-        return Box(self.top + down, self.left + right, self.bottom + down, self.right + right)
+    def strips(self, rows: int) -> list[Box]:
+        """The box cut into boxes of so many whole rows of it."""
+        return [self._replace(top=y, bottom=min(y + rows, self.bottom)) for y in range(self.top, self.bottom, rows)]
+
+    def common(self, other: Box) -> Box:
+        """The pixels that lie in both, which meet."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        return Box(top, left, min(self.bottom, other.bottom), min(self.right, other.right))
+
+    def seen_from(self, other: Box) -> Box:
+        """The same pixels, counted from the corner of another box."""
+        return Box(self.top - other.top, self.left - other.left, self.bottom - other.top, self.right - other.left)
 
     def joined(self, other: Box) -> Box:
         """The smallest box that holds both."""

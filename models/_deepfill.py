@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from inpaint_kernels.models._boxes import Box
+from inpaint_kernels.models._boxes import Box, merged
 from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, check_guidance, complete
 from inpaint_kernels.models._layers import Convolution
-from inpaint_kernels.models._regions import Chain, Plan, pasted
+from inpaint_kernels.models._regions import Chain, Plan, pasted, working_bytes
 from torch import Tensor
 
 from inpaint_kernels import contextual_attention
 
 RATE = 2
 """Features per position of the attention's matching grid, along each axis."""
+
+_FEWEST_QUERY_ROWS = 8
 
 
 class Row(NamedTuple):
@@ -138,6 +140,22 @@ class _Plan:
     def multiply_adds(self) -> int:
         """Of the convolutions."""
         return sum(plan.multiply_adds for plan in (self.coarse, self.dilated, self.attended, self.painter))
+
+
+def _queries(plans: Sequence[_Plan | None], matched: Tensor) -> list[Box | None]:
+    """Disjoint boxes of the matching grid that hold what the plans need; None: all of it.
+
+    Where working memory is short, boxes of whose scores against all keys it can hold about as many, from 8 rows on:
+    with fewer, most of them would be computed for the halo.
+    """
+    if None in plans:
+        return [None]
+    boxes = merged([plan.queries for plan in plans if plan is not None], lambda box: box.area)
+    most_bytes = working_bytes()
+    if most_bytes is None:
+        return list(boxes)
+    keys = matched.shape[2] // RATE * (matched.shape[3] // RATE) * matched.element_size()
+    return [strip for box in boxes for strip in box.strips(max(most_bytes // (keys * box.size[1]), _FEWEST_QUERY_ROWS))]
 
 
 class DeepFill(InpaintingModel):
@@ -266,39 +284,58 @@ class DeepFill(InpaintingModel):
         """
         size = (image.shape[2], image.shape[3])
         plans = [None] if boxes is None else [self._plan(box, size) for box in boxes]
-        known, mask = self._scale(image, hole), hole.to(image.dtype)
-        lines = self._lines(sketch, image, hole)
-        indicators = [torch.ones_like(mask), mask] if self.dialect.ones else [mask]
-        first = torch.cat([known, *lines, *indicators], 1)
-        stage = self._chain(COARSE, LAST[0])
-        coarse = pasted((self._squash(stage.run(first, plan and plan.coarse)) for plan in plans), known, boxes)
-        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
-        second = second.contiguous(memory_format=torch.channels_last)  # once, for both branches
-        attended, attention = self._attend(self._chain(MATCHED)(second), mask, plans, return_attention)
-        painted = (self._refine(second, attended, plan) for plan in plans)
-        output = self._unscale(pasted(painted, known, boxes))
+        coarse, second = self._first_stage(image, hole, self._lines(sketch, image, hole), boxes, plans)
+        attended, attention = self._attend(self._chain(MATCHED)(second), hole, plans, return_attention)
+        painted = (self._refine(second, source, plan) for source, plan in zip(attended, plans, strict=True))
+        output = self._unscale(pasted(painted, self._scale(image, hole), boxes))
         return InpaintResult(output, complete(image, output, hole), self._unscale(coarse), attention)
+
+    def _first_stage(
+        self,
+        image: Tensor,
+        hole: Tensor,
+        lines: list[Tensor],
+        boxes: Sequence[Box] | None,
+        plans: Sequence[_Plan | None],
+    ) -> tuple[Tensor, Tensor]:
+        """What it paints, and what the second stage sees, in channels_last for both of its branches."""
+        known, mask = self._scale(image, hole), hole.to(image.dtype)
+        indicators = [torch.ones_like(mask[:, :, :1, :1]).expand_as(mask), mask] if self.dialect.ones else [mask]
+        x = torch.cat([known, *lines, *indicators], 1)
+        stage = self._chain(COARSE, LAST[0])
+        coarse = pasted((self._squash(stage.run(x, plan and plan.coarse)) for plan in plans), known, boxes)
+        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
+        return coarse, second.contiguous(memory_format=torch.channels_last)
 
     def _refine(self, second: Tensor, attended: Tensor, plan: _Plan | None) -> Tensor:
         dilated = self._chain(DILATED).run(second, plan and plan.dilated)
-        attended = self._chain(ATTENDED).run(attended, plan and plan.attended)
+        attended = attended.contiguous(memory_format=torch.channels_last)
+        attended = self._chain(ATTENDED)(attended, plan and plan.attended)
         both = torch.cat([dilated, attended], 1).contiguous(memory_format=torch.channels_last)
         return self._squash(self._chain(PAINTER, LAST[1])(both, plan and plan.painter))
 
     def _attend(
         self, matched: Tensor, mask: Tensor, plans: Sequence[_Plan | None], return_attention: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        queries = None
-        wanted = [plan.queries for plan in plans if plan is not None]
-        if len(wanted) == len(plans):
-            queries = torch.zeros(matched.shape[2] // RATE, matched.shape[3] // RATE, dtype=torch.bool, device="cpu")
-            for box in wanted:
-                queries[box.top : box.bottom, box.left : box.right] = True
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What stands in the features' place where each plan reads it, and the offsets, if they are wanted."""
         options: dict[str, Any] = {"preset": self.dialect.attention, "fuse": self.dialect.fuse, "mask_batch": "each"}
-        if return_attention:
-            result = contextual_attention(matched, matched, mask, queries=queries, return_offsets=True, **options)
-            return result.output, result.offsets
-        return contextual_attention(matched, matched, mask, queries=queries, **options), None
+        options["return_offsets"] = return_attention
+        shape, offsets = matched.shape[:2], None
+        sources = [matched.new_empty(*shape, *plan.attended.source.size) for plan in plans if plan is not None]
+        for queries in _queries(plans, matched):
+            output = contextual_attention(matched, matched, mask, queries=queries, **options)
+            if return_attention:
+                output, own = output.output, output.offsets
+                offsets = own if offsets is None else offsets.add_(own)  # each is 0 where the others are not
+            if queries is None:
+                return [output], offsets
+            computed = Box(*(RATE * side for side in queries))
+            for plan, source in zip(plans, sources, strict=True):
+                if plan is not None and plan.attended.source.meets(computed):
+                    part = plan.attended.source.common(computed)
+                    part.seen_from(plan.attended.source).of(source).copy_(part.of(output))
+            del output  # before the next one is made
+        return sources, offsets
 
     def _lines(self, sketch: Tensor | None, image: Tensor, hole: Tensor) -> list[Tensor]:
         if self.guided != (sketch is not None):

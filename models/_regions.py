@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -94,6 +96,10 @@ class Layer(Protocol):
     """A layer whose outputs see a window of its input."""
 
     @property
+    def channels(self) -> int:
+        """Of its output."""
+
+    @property
     def products(self) -> int:
         """Multiply-adds for one pixel of its output, all channels together."""
 
@@ -161,14 +167,105 @@ class Chain:
 
     def __call__(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """The output for a whole map; or the plan's box of it, for the plan's source alone."""
-        for name, layer in self.layers.items():
-            x = layer(x, None if plan is None else plan.parts[name])
-        return x
+        most_bytes = working_bytes()
+        if plan is None and most_bytes is not None:
+            return self._in_strips(x, most_bytes)
+        return self._at_once(x, plan)
 
     def run(self, x: Tensor, plan: Plan | None) -> Tensor:
         """The same in channels_last, for a whole map in either case: what the plan does not read is left away."""
         source = x if plan is None else plan.source.of(x)
         return self(source.contiguous(memory_format=torch.channels_last), plan)
+
+    def _at_once(self, x: Tensor, plan: Plan | None) -> Tensor:
+        for name, layer in self.layers.items():
+            x = layer(x, None if plan is None else plan.parts[name])
+        return x
+
+    def _in_strips(self, x: Tensor, most_bytes: int) -> Tensor:
+        """The same for a whole map, large maps never whole: stage by stage, each of them strip by strip."""
+        for stage, is_large in self._stages((x.shape[2], x.shape[3])):
+            strips = stage._strips(x, most_bytes) if is_large else []
+            if len(strips) > 1:
+                x = stage._strip_by_strip(x, strips)
+                continue
+            for layer in stage.layers.values():  # not by a method, in which the stage's input would stay alive
+                x = layer(x)
+        return x
+
+    def _stages(self, size: tuple[int, int]) -> list[tuple[Chain, bool]]:
+        """This chain cut where maps get small and where they get large again; with whether a part has large ones.
+
+        Strips of small maps would save nothing: the stage's input and output are as large as any map in it.
+        """
+        sizes = [size]
+        for layer in self.layers.values():
+            sizes.append(layer.output_size(sizes[-1]))
+        largest = max(height * width for height, width in sizes)
+        small = [height * width * _SMALL <= largest for height, width in sizes]
+        stages: list[tuple[Chain, bool]] = []
+        for i, (name, layer) in enumerate(self.layers.items()):
+            is_large = not (small[i] and small[i + 1])
+            if not stages or is_large != stages[-1][1] or (is_large and small[i]):
+                stages.append((Chain({}), is_large))
+            stages[-1][0].layers[name] = layer
+        return stages
+
+    def _strip_by_strip(self, x: Tensor, strips: Sequence[Box]) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        result: Tensor | None = None
+        height, width = strips[-1].bottom, strips[-1].right
+        for strip in strips:
+            plan = self.plan(strip, size)
+            part = self._at_once(plan.source.of(x), plan)
+            if result is None:
+                shape = (part.shape[0], part.shape[1], height, width)
+                result = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+            strip.of(result).copy_(part)
+        assert result is not None
+        return result
+
+    def _strips(self, x: Tensor, most_bytes: int) -> list[Box]:
+        """Boxes of whole rows of the output, whose layers hold about ``most_bytes`` at most."""
+        size, channels, most = (x.shape[2], x.shape[3]), x.shape[1], 0
+        for layer in self.layers.values():
+            before = channels * size[0] * size[1]
+            size, channels = layer.output_size(size), layer.channels
+            most = max(most, before + channels * size[0] * size[1])
+        count = -(-most * x.shape[0] * x.element_size() // most_bytes)
+        rows = max(-(-size[0] // count), _FEWEST_ROWS)
+        return Box(0, 0, *size).strips(rows)
+
+
+# Working memory -------------------------------------------------------------------------------------------------------
+
+_SMALL = 8
+"""How many times the pixels of a small map the largest one has, at least."""
+_FEWEST_ROWS = 16
+"""Of a strip: with fewer, most of what is computed is what its neighbours compute too."""
+
+_most_bytes: ContextVar[int | None] = ContextVar("most_bytes", default=None)
+
+
+@contextmanager
+def working_memory(most_bytes: int | None) -> Iterator[None]:
+    """Inside, networks that record no gradients compute large maps in strips.
+
+    Args:
+        most_bytes: what the layers of a strip hold at a time, about; None: maps are computed whole.
+    """
+    token = _most_bytes.set(most_bytes)
+    try:
+        yield
+    finally:
+        _most_bytes.reset(token)
+
+
+def working_bytes() -> int | None:
+    """What :func:`working_memory` allows; None where maps are to be computed whole."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return _most_bytes.get()
 
 
 def pasted(painted: Iterable[Tensor], whole: Tensor, boxes: Sequence[Box] | None) -> Tensor:

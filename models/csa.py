@@ -13,6 +13,7 @@ from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, ch
 from inpaint_kernels.models._networks import fastest_layout, init_normal
 from inpaint_kernels.models._norms import InstanceNorm
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inpaint_kernels import nn as kernels
 from inpaint_kernels._checks import check_range
@@ -39,18 +40,28 @@ class _Level(nn.Module):
         super().__init__()
         self.model = nn.ModuleDict(layers)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C', H / 2, W / 2], both after their leaky ReLU."""
-        return self._run(self.encoder, x)
+    def encoding(self) -> list[nn.Module]:
+        """[B, C, H, W] -> [B, C', H / 2, W / 2], both after their leaky ReLU.
 
-    def decode(self, x: Tensor) -> Tensor:
-        """[B, 2 C', h, w] after its ReLU -> [B, C, 2 h, 2 w] before."""
-        return self._run(self.decoder, x)
+        Layers, not a function of x: a function's caller would keep x alive, half of what a call on a large image needs.
+        """
+        return [self.model[name] for name in self.encoder]
 
-    def _run(self, names: tuple[str, ...], x: Tensor) -> Tensor:
-        for name in names:
-            x = self.model[name](x)
-        return x
+    def decoding(self) -> list[nn.Module]:
+        """[B, 2 C', h, w] after its ReLU -> [B, C, 2 h, 2 w] before; the first of them through :func:`_joint`."""
+        return [self.model[name] for name in self.decoder]
+
+
+def _joint(layer: Any, up: Tensor, skip: Tensor) -> Tensor:
+    """A transposed convolution of ``relu([up | skip])``, which are not to be used afterwards.
+
+    The joint is never made: the convolution of two maps joined is the sum of the convolutions of both.
+    """
+    up, skip = (F.relu(x, inplace=not torch.is_grad_enabled()) for x in (up, skip))
+    settings = {"stride": layer.stride, "padding": layer.padding}
+    of_up, of_skip = layer.weight.split([up.shape[1], skip.shape[1]])
+    y = F.conv_transpose2d(up, of_up, layer.bias, **settings)
+    return y.add_(F.conv_transpose2d(skip, of_skip, **settings))
 
 
 class _CoarseLevel(_Level):
@@ -200,14 +211,22 @@ class CoarseGenerator(_UNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1], the hole filled with grey -> the same; sides even and of at least 2^depth."""
-        x = self.model.encode(fastest_layout(x))
+        x = fastest_layout(x)
         levels, skips = self.levels(), []
-        for level in levels:
+        for level in [self.model, *levels]:
+            for layer in level.encoding():
+                x = layer(x)
             skips.append(x)
-            x = level.encode(x)
-        for level, skip in zip(levels[::-1], skips[::-1], strict=True):
-            x = F.relu(torch.cat([_of_size(level.decode(x), skip), skip], 1))
-        return self.model.decode(x).tanh().contiguous()
+        skips.pop()
+        for layer in levels[-1].decoding():
+            x = layer(x)
+        for level in [*levels[-2::-1], self.model]:
+            first, *layers = level.decoding()
+            x = _of_size(x, skips[-1])
+            x = _joint(first, x, skips.pop())
+            for layer in layers:
+                x = layer(x)
+        return x.tanh().contiguous()
 
 
 class RefinedFeatures(NamedTuple):
@@ -266,20 +285,27 @@ class RefinementGenerator(_UNet):
         Returns:
             [B, 3, H, W], around [-1, 1] and not bounded.
         """
-        x = self.model.encode(fastest_layout(x))
+        x = fastest_layout(x)
         levels, skips = self.levels(), []
-        for i, level in enumerate(levels):
-            skips.append(x)
-            x = level.encode(x)
+        for i, level in enumerate([self.model, *levels], -1):
+            for layer in level.encoding():
+                x = layer(x)
             if i == _ATTENTION_LEVEL:
                 attention = level.attend(x, flags)
                 x = level.normalise(attention.clone() if return_features else attention)
-        for i, (level, skip) in reversed(list(enumerate(zip(levels, skips, strict=True)))):
-            up = _of_size(level.decode(x), skip)
-            if i == _ATTENTION_LEVEL + 1:
-                decoder = up
-            x = F.relu(torch.cat([up, skip], 1))
-        output = self.model.decode(x).contiguous()
+            skips.append(x)
+        skips.pop()
+        for layer in levels[-1].decoding():
+            x = layer(x)
+        for i, level in reversed(list(enumerate([self.model, *levels[:-1]], -1))):
+            first, *layers = level.decoding()
+            x = _of_size(x, skips[-1])
+            if i == _ATTENTION_LEVEL and return_features:
+                decoder = x.clone()
+            x = _joint(first, x, skips.pop())
+            for layer in layers:
+                x = layer(x)
+        output = x.contiguous()
         return RefinedFeatures(output, attention, decoder) if return_features else output
 
 
@@ -457,7 +483,8 @@ class CSA(InpaintingModel):
 def _flags(hole: Tensor) -> Tensor:
     """The CSA layer's masked positions, bool [B, H / 8, W / 8] on the CPU."""
     flags = kernels.CSA().set_mask(hole)
-    if not torch.compiler.is_compiling() and flags.flatten(1).all(1).any():
+    traced = torch.compiler.is_compiling() or isinstance(flags, FakeTensor)
+    if not traced and flags.flatten(1).all(1).any():
         raise ValueError("mask: expected known pixels in every image, of which the CSA layer makes the hole")
     return flags
 

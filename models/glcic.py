@@ -191,6 +191,11 @@ class _Block:
         return y if self.relu_first else F.relu(y, inplace=True)
 
     @property
+    def channels(self) -> int:
+        """Of the output."""
+        return self.convolution.out_channels
+
+    @property
     def products(self) -> int:
         """Multiply-adds for one pixel of the output; enlarging by 2, each of them sees a quarter of the taps."""
         enlarged = self.convolution.stride[0] ** 2 if isinstance(self.convolution, nn.ConvTranspose2d) else 1

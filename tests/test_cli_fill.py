@@ -109,6 +109,8 @@ def test_every_kind_of_photo_keeps_its_kind(folder, weights, content):
         (("--weights", "glcic.pth", "--guide", "mask.png"), "guide: glcic takes no lines"),
         (("--weights", "glcic.pth", "--sigma", "1"), "sigma: glcic is not guided by edges"),
         (("--weights", "glcic.pth", "--fit", "resize"), "max_side: expected a number of pixels"),
+        (("--weights", "glcic.pth", "--memory", "1MiB"), "memory: expected at least"),
+        (("--weights", "glcic.pth", "--memory", "much"), "memory: expected"),
         (("--model", "exemplar,diffusion"), "give --save-sheet FILE"),
     ],
 )

@@ -134,7 +134,7 @@ def test_readme_lists_every_environment_variable():
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
 PUBLIC = "public names"
-FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights"}
+FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights", "_workspaces"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
@@ -147,6 +147,7 @@ MAY_IMPORT = {
     "_native": {"_compile"},
     "_onnx_composites": {"portable", "reference"},
     "_packed_weights": set(),
+    "_workspaces": set(),
     "acceleration": {"recipes"},
     "catalogue": {"models"},
     "checkpoint_files": {"checkpoint_files"},
@@ -177,6 +178,7 @@ MAY_IMPORT = {
     "info": {"_backends", "_native"},
     "mask_options": {"images", "masks", "models", PUBLIC},
     "masks": set(),
+    "memory_plan": {"_checks", "_workspaces", "models", "nn"},
     "metrics": set(),
     "models": {"_checks", "checkpoint_files", "models", "nn", PUBLIC},
     "nn": {"ops"},
@@ -186,7 +188,7 @@ MAY_IMPORT = {
     "panels": {"images", PUBLIC},
     "photo": {"images", "masks", "models", "photo_tensors", "pipeline"},
     "photo_tensors": {"_checks", "images"},
-    "pipeline": {"_checks", "detail", "models", "photo_tensors"},
+    "pipeline": {"_checks", "detail", "memory_plan", "models", "photo_tensors"},
     "plugins": {"pipeline", "pretrained"},
     "portable": {"portable"},
     "processes": set(),

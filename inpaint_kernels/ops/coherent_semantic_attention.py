@@ -173,7 +173,7 @@ def coherent_semantic_attention(
     """
     problem = _prepare(x, mask_flags, variant=variant, gradient=gradient, triple_weight=triple_weight)
     backend = BACKENDS.choose(problem, backend)
-    if not return_attention and not torch.compiler.is_compiling() and not problem.flags.any():
+    if not return_attention and only_computes(problem.flags) and not problem.flags.any():
         return x
     call = _forward if _is_plain(x) else torch.ops.inpaint_kernels.coherent_semantic_attention
     output, index, alpha, beta, _ = call(*problem, backend)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from inpaint_kernels import _native
+from inpaint_kernels import _native, _workspaces
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import (
     check_choice,
@@ -18,6 +18,7 @@ from inpaint_kernels._checks import (
     check_same_dtype,
     check_shape,
 )
+from inpaint_kernels.cuda_kernels import _contextual_attention_plan as cuda_plan
 from inpaint_kernels.cuda_kernels import contextual_attention as cuda_kernels
 from inpaint_kernels.ops._common import accumulation_dtype, always, cpu_reasons, cuda_reasons
 from inpaint_kernels.ops._contextual_attention_presets import (
@@ -131,7 +132,11 @@ def contextual_attention(
     """
     problem, selected = _pose(f, b, mask, value, preset, queries, key_scale, key_bias, overrides)
     backend = BACKENDS.choose(problem, backend)
-    call = _forward if _only_computes(problem) else torch.ops.inpaint_kernels.contextual_attention
+    call = _forward
+    if not _only_computes(problem):
+        call = torch.ops.inpaint_kernels.contextual_attention
+        if not torch.compiler.is_compiling():
+            _workspaces.announce(lambda: _workspace_bytes(problem, queries, backend))
     output, index, maximum = call(*problem[:6], selected, *_scalars(problem.semantics), return_offsets, backend)
     if not return_offsets:
         return output
@@ -481,6 +486,32 @@ def _dense_per_position(
         None if key_bias is None else key_bias.to(dtype).contiguous(),
         None if selected is None else selected.contiguous(),
     )
+
+
+# The constants of csrc/cpu/contextual_attention.h.
+_STRIP_ROWS, _VALUE_BYTES, _VALUE_BAND_BYTES = 16, 160 << 20, 64 << 20
+_STRIP_BYTES, _LEAST_BYTES, _TOGETHER_BYTES = (40 << 20, 640 << 20), 160 << 20, 880 << 20
+_BOUNDED_WORKSPACES = {"cuda": cuda_plan.WORKSPACE_BYTES, "portable": portable.WORKSPACE_BYTES}
+
+
+def _workspace_bytes(problem: _Problem, queries: Box | Tensor | None, backend: str) -> int:
+    """About what a forward call holds beside its inputs and its output; a mask of queries counts as all of them."""
+    height, width = problem.query.shape[2:]
+    size = torch.finfo(accumulation_dtype(problem.query)).bits // 8
+    keys = problem.key.shape[2] * problem.key.shape[3] * size
+    if backend != "cpu":
+        return min(_BOUNDED_WORKSPACES.get(backend, height * width * keys), height * width * keys)
+    rate = problem.semantics.rate
+    values = problem.value[0].numel() * size
+    values = values if values <= _VALUE_BYTES else _VALUE_BAND_BYTES
+    output = rate**2 * problem.value.shape[1] * size * height * width
+    most = min(max(_TOGETHER_BYTES - output - values, _LEAST_BYTES), _STRIP_BYTES[1])
+    strip = min(max(_STRIP_ROWS * width * keys, _STRIP_BYTES[0]), most)
+    wanted = height * width
+    if queries is not None and not isinstance(queries, Tensor):
+        beside = 2 * (-(-problem.semantics.paste_size // rate) - 1)  # cells of neighbours reach into the box's
+        wanted = min(queries[2] - queries[0] + beside, height) * min(queries[3] - queries[1] + beside, width)
+    return values + min(strip, wanted * keys)
 
 
 # 6. Autograd and autocast ---------------------------------------------------------------------------------------------
