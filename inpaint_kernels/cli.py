@@ -279,7 +279,14 @@ def fill(
     sigmas = _numbers("--sigma", sigma)
     pictures = _Pictures(save_row, panel_names, save_sheet, truth)
     written = Output(quality, force, skip_existing, options.erased_from_photo)
-    painting = {"region": region, "fit": fit, "max_side": max_side, "margin": margin, "detail": detail, "blend": blend}
+    painting: dict[str, Any] = {
+        "region": region,
+        "fit": fit,
+        "max_side": max_side,
+        "margin": margin,
+        "detail": detail,
+        "blend": blend,
+    }
     if dtype != "float32":
         painting["dtype"] = getattr(torch, dtype)
     if memory is not None:

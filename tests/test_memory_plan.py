@@ -70,7 +70,10 @@ def measured(name: str, side: int, region: str = "full", working: int = 0) -> tu
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
-@pytest.mark.parametrize(("name", "region", "working"), [("GLCIC", "full", 0), ("DeepFillV1", "full", 16 << 20)])
+@pytest.mark.parametrize(
+    ("name", "region", "working"),
+    [pytest.param("GLCIC", "full", 0, marks=pytest.mark.slow), ("DeepFillV1", "full", 16 << 20)],
+)
 def test_the_estimate_is_what_a_process_grows_by(name, region, working):
     peak, estimate = measured(name, 512, region, working)
     assert estimate == pytest.approx(peak, rel=0.25)

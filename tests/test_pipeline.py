@@ -71,7 +71,8 @@ def guidance_of(model: InpaintingModel, size: tuple[int, int]) -> dict[str, Any]
 @pytest.mark.parametrize("name", MODELS)
 def test_every_size_is_filled_and_known_pixels_stay(name):
     model = MODELS[name]()
-    for height, width in SIZES:
+    # The wide networks, of which only some have slim forms, go through fewer sizes.
+    for height, width in SIZES[::3] if name in ("csa", "edge_connect", "guided_face") else SIZES:
         image = photo(height, width)[0]
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[height // 3 : height // 3 + 20, width // 2 : width // 2 + 30] = True
