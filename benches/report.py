@@ -30,6 +30,7 @@ GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
 ACCELERATE_BEGIN, ACCELERATE_END = "<!-- accelerate: begin -->", "<!-- accelerate: end -->"
 MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
+PHOTOS_BEGIN, PHOTOS_END = "<!-- photos: begin -->", "<!-- photos: end -->"
 NOT_YET = "not yet"
 OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 EAGER, COMPILED = "eager", "torch.compile"
@@ -40,6 +41,7 @@ SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
 ACCELERATE, PUBLISHED = "accelerate", "published"
 MODELS, HOLE_ONLY = "models", "ours, hole only"
+PHOTO, WHOLE_MAPS, STRIPS, HOLE_ALONE = "photo", "whole maps", "strips of 128 MiB", "the hole alone"
 HOG, SKIMAGE, OPENCV, COPY = "hog", "scikit-image", "OpenCV 4", "copy of the bytes"
 # Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
 # measured. A tf32 or bf16 product runs on the matrix units.
@@ -568,6 +570,36 @@ def _model_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     )
 
 
+def photo_summary(races: Races) -> str:
+    """The README's table of large photos: whole, in strips, and for a hole alone; empty without a race."""
+    photos = {case: c for case, c in races.items() if _facts(c)["op"] == PHOTO}
+    if not photos:
+        return ""
+    header = (
+        "model, photo, hole",
+        "whole maps",
+        "in strips",
+        "the hole alone",
+        "extra memory of the three",
+        "estimated: whole, hole",
+    )
+    chosen = sorted(photos.values(), key=lambda c: (_facts(c)["model"], _facts(c)["height"]))
+    note = "Initial weights; estimates are those of strips."
+    return f"{_table(header, map(_photo_row, chosen))}\n\n{provenance_line(photos)} {note}"
+
+
+def _photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    facts = _facts(contenders)
+    ways = [contenders.get(name) for name in (WHOLE_MAPS, STRIPS, HOLE_ALONE)]
+    estimates = (_mebibytes(facts["estimated_mib"].get(part)) for part in ("whole", "hole"))
+    return (
+        f"`{facts['model']}`, {facts['height']}x{facts['width']}, {facts['hole']}x{facts['hole']}",
+        *("-" if way is None else _seconds(way.wall) for way in ways),
+        ", ".join("-" if way is None else _mebibytes(way.peak_mib) for way in ways),
+        ", ".join(estimates),
+    )
+
+
 # GPU -----------------------------------------------------------------------------------------------------------------
 
 
@@ -792,14 +824,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"no results in {', '.join(map(str, paths)) or RESULTS}; `make bench` makes some")
     if options.update:
         document = update_between_markers(options.update.read_text(encoding="utf-8"), summary(races))
-        if HOG_BEGIN in document:
-            document = update_between_markers(document, hog_summary(races), HOG_BEGIN, HOG_END)
-        if ACCELERATE_BEGIN in document:
-            document = update_between_markers(document, acceleration_summary(races), ACCELERATE_BEGIN, ACCELERATE_END)
-        if MODELS_BEGIN in document:
-            document = update_between_markers(document, model_summary(races), MODELS_BEGIN, MODELS_END)
-        if GPU_BEGIN in document:
-            document = update_between_markers(document, gpu_summary(), GPU_BEGIN, GPU_END)
+        for table, begin, end in (
+            (hog_summary(races), HOG_BEGIN, HOG_END),
+            (acceleration_summary(races), ACCELERATE_BEGIN, ACCELERATE_END),
+            (model_summary(races), MODELS_BEGIN, MODELS_END),
+            (photo_summary(races), PHOTOS_BEGIN, PHOTOS_END),
+            (gpu_summary(), GPU_BEGIN, GPU_END),
+        ):
+            if begin in document:
+                document = update_between_markers(document, table, begin, end)
         options.update.write_text(document, encoding="utf-8")
     if options.plot:
         plot(races, options.plot)

@@ -88,8 +88,9 @@ def test_readme_table_is_that_of_the_committed_results():
         (report.hog_summary, report.HOG_BEGIN, report.HOG_END),
         (report.acceleration_summary, report.ACCELERATE_BEGIN, report.ACCELERATE_END),
         (report.model_summary, report.MODELS_BEGIN, report.MODELS_END),
+        (report.photo_summary, report.PHOTOS_BEGIN, report.PHOTOS_END),
     ],
-    ids=["hog", "acceleration", "models"],
+    ids=["hog", "acceleration", "models", "photos"],
 )
 def test_readme_tables_are_those_of_the_committed_results(make, begin, end):
     table = make(report.load(sorted(report.RESULTS.glob("*.json"))))
