@@ -26,7 +26,13 @@ from inpaint_kernels.models.training import Batch, TrainingSystem
 from torch import Tensor, nn
 
 BOX = Box(8, 12, 40, 44)
-HOLE = Box(12, 16, 36, 38)
+HOLE = Box(12, 15, 30, 31)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_reproducible: None) -> None:
+    """Maps are too small for two."""
+    torch.set_num_threads(1)
 
 
 class SlimFeatures(nn.Module):
@@ -117,6 +123,13 @@ class Case:
     guidance: tuple[str, ...] = ()
 
 
+UNTRAINABLE = {
+    ("local_critic", "linear.bias"),
+    ("global_critic", "linear.bias"),
+    ("image_discriminator", "model.11.bias"),
+    ("feature_discriminator", "model.5.bias"),
+}
+"""Wasserstein and relativistic losses take differences of scores."""
 GUIDED = ("guide_generator", "guide_discriminator")
 PAINTED = ("inpaint_generator", "image_discriminator")
 CSA_NETWORKS = ("generator", "image_discriminator", "feature_discriminator")
@@ -145,14 +158,14 @@ CASES = (
     Case("glcic_completion", glcic, "completion", ("generator",)),
     Case("glcic_discriminator", glcic, "discriminator", ("discriminator",)),
     Case("glcic_joint", glcic, "joint", ("generator", "discriminator")),
-    Case("edge_connect_guide", edge_connect, "guide", GUIDED, guidance=("edges",)),
-    Case("edge_connect_inpaint", edge_connect, "inpaint", PAINTED, guidance=("edges",)),
-    Case("edge_connect_predicted", lambda: edge_connect(adversarial="hinge"), "inpaint_predicted", PAINTED),
-    Case("edge_connect_joint", edge_connect, "joint", GUIDED + PAINTED, guidance=("edges",)),
-    Case("guided_face_guide", guided_face, "guide", GUIDED),
-    Case("guided_face_inpaint", lambda: guided_face(conditional=True), "inpaint", PAINTED),
-    Case("guided_face_predicted", lambda: guided_face("literal"), "inpaint_predicted", PAINTED),
-    Case("guided_face_joint", guided_face, "joint", GUIDED + PAINTED),
+    Case("edge_connect_guide", edge_connect, "guide", GUIDED, guidance=("edges",), size=32),
+    Case("edge_connect_inpaint", edge_connect, "inpaint", PAINTED, guidance=("edges",), size=32),
+    Case("edge_connect_predicted", lambda: edge_connect(adversarial="hinge"), "inpaint_predicted", PAINTED, size=32),
+    Case("edge_connect_joint", edge_connect, "joint", GUIDED + PAINTED, guidance=("edges",), size=32),
+    Case("guided_face_guide", guided_face, "guide", GUIDED, size=32),
+    Case("guided_face_inpaint", lambda: guided_face(conditional=True), "inpaint", PAINTED, size=32),
+    Case("guided_face_predicted", lambda: guided_face("literal"), "inpaint_predicted", PAINTED, size=32),
+    Case("guided_face_joint", guided_face, "joint", GUIDED + PAINTED, size=32),
     Case("csa", csa, None, CSA_NETWORKS),
     Case("csa_published", lambda: csa(published=True), None, CSA_NETWORKS),
     Case("partial_conv", partial_conv, "training", ("generator",), size=128),
@@ -176,7 +189,7 @@ def batch_of(size: int = 64, *guidance: str, seed: int = 0, dtype: torch.dtype =
     mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
     HOLE.of(mask)[:] = True
     lines = (torch.rand(2, 1, size, size, generator=generator, dtype=dtype) > 0.8).to(dtype)
-    return Batch(image, mask, [BOX], [Box(0, 0, 32, 32)], **dict.fromkeys(guidance, lines))
+    return Batch(image, mask, [BOX], [Box(0, 0, *BOX.size)], **dict.fromkeys(guidance, lines))
 
 
 def parameters_of(system: TrainingSystem) -> dict[str, dict[str, Tensor]]:
@@ -197,20 +210,28 @@ def test_a_step_moves_what_it_trains_and_nothing_else(case):
     for name, network in system.networks.items():
         for key, parameter in network.named_parameters():
             moved = not torch.equal(parameter, before[name][key])
-            assert moved == (name in case.trained), f"{name}.{key}"
+            assert moved == (name in case.trained) or (name, key) in UNTRAINABLE, f"{name}.{key}"
 
 
-RESUMED = ("deepfill_v1", "deepfill_v2", "glcic_joint", "edge_connect_guide", "csa_published", "partial_conv_finetuning")
+RESUMED = ("deepfill_v1", "deepfill_v2", "edge_connect_guide", "csa_published")
+RESUMED_SLOWLY = ("glcic_joint", "guided_face_joint", "partial_conv_finetuning")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in RESUMED], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in RESUMED_SLOWLY else [])
+        for case in CASES
+        if case.name in RESUMED + RESUMED_SLOWLY
+    ],
+)
 def test_a_resumed_system_makes_the_same_steps(case):
     system = built(case)
     system.step(batch_of(case.size, *case.guidance))
     file = io.BytesIO()
     torch.save(system.state_dict(), file)
     file.seek(0)
-    other = case.build()
+    other = built(case)  # with the same frozen features
     other.load_state_dict(torch.load(file, weights_only=True))
     assert (other.steps, other.phase) == (1, system.phase)
     batch = batch_of(case.size, *case.guidance, seed=1)
@@ -291,7 +312,7 @@ def test_the_joint_phase_reaches_the_first_stage_through_the_second():
     system = edge_connect(guide_adversarial_weight=0, feature_matching_weight=0)
     system.phase = "joint"
     before = parameters_of(system)
-    system.step(batch_of(64, "edges"))
+    system.step(batch_of(32, "edges"))
     moved = {
         name: any(not torch.equal(p, before[name][key]) for key, p in network.named_parameters())
         for name, network in system.networks.items()
@@ -329,36 +350,31 @@ def test_finetuning_keeps_the_encoders_statistics_and_lowers_the_rate():
     assert {name[:3] for name in statistics["finetuning"]} == {"dec"}
 
 
-def gradients_of(system: training.CSATraining, batch: Batch) -> dict[str, Tensor]:
-    """Of the generators, in one step."""
-    system.step(batch)
-    return {key: p.grad.clone() for key, p in system.model.named_parameters() if p.grad is not None}
-
-
 def test_csas_published_mistakes_cut_gradients():
-    """Of the published losses only L1 and that of the image discriminator reach a generator, each its own."""
-    batch = batch_of(dtype=torch.float64)
+    """Of the published losses L1 alone reaches the first generator, and no consistency either one."""
 
     def gradients(**settings: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
         system = csa(**settings)
-        for module in (*system.networks.values(), system.features):
-            module.double()
-        return gradients_of(system, batch)
+        system.step(batch_of())
+        return {key: p.grad for key, p in system.model.named_parameters() if p.grad is not None}
 
-    published, no_consistency = gradients(published=True), gradients(published=True, consistency_weight=0.0)
-    assert all(torch.equal(value, no_consistency[key]) for key, value in published.items())
-    assert any(not torch.equal(value, gradients()[key]) for key, value in gradients(consistency_weight=0.0).items())
-    first_alone = gradients(published=True, adversarial_weight=0.0)
-    coarse = [key for key in published if key.startswith("coarse")]
-    assert all(torch.equal(published[key], first_alone[key]) for key in coarse)
-    assert any(not torch.equal(gradients()[key], gradients(adversarial_weight=0.0)[key]) for key in coarse)
+    def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+        """Generators whose gradients differ."""
+        return {key.partition(".")[0] for key, value in one.items() if not torch.equal(value, other[key])}
+
+    both = {"coarse_generator", "refinement_generator"}
+    exact, published = gradients(), gradients(published=True)
+    assert differing(exact, gradients(consistency_weight=0.0)) == both
+    assert not differing(published, gradients(published=True, consistency_weight=0.0))
+    assert differing(exact, gradients(adversarial_weight=0.0)) == both
+    assert differing(published, gradients(published=True, adversarial_weight=0.0)) == {"refinement_generator"}
 
 
 def test_csas_published_masked_positions_are_those_of_the_first_batch():
     batch = batch_of()
     other = torch.zeros(1, 1, 64, 64)
-    other[..., 40:60, 8:60] = 1
+    other[..., 32:60, 4:60] = 1
     outputs = {}
     for published in (False, True):
         for first in (batch.mask, other):
@@ -379,7 +395,7 @@ def test_errors_name_what_is_wrong_and_change_nothing():
     wrong: list[tuple[Batch, type[Exception], str]] = [
         (replace(batch, boxes=None), ValueError, r"boxes: expected 1 or 2 windows of 32 x 32 .* got None"),
         (replace(batch, boxes=3 * [BOX]), ValueError, r"boxes: expected 1 or 2 windows .* got 3"),
-        (replace(batch, boxes=[Box(0, 0, 16, 16)]), ValueError, r"boxes: expected .* got \(0, 0, 16, 16\)"),
+        (replace(batch, boxes=[Box(0, 0, 8, 8)]), ValueError, r"boxes: expected .* got \(0, 0, 8, 8\)"),
         (replace(batch, boxes=[Box(40, 0, 72, 32)]), ValueError, r"boxes: expected .* inside 64 x 64 pixels, got"),
         (replace(batch, mask=batch.mask[..., 1:]), ValueError, r"mask: expected shape"),
         (replace(batch, image=batch.image.double()), TypeError, r"image: expected the networks' torch.float32"),
@@ -408,7 +424,7 @@ def test_errors_of_other_systems():
     system = training.EdgeConnectTraining(EdgeConnect(1), None)
     system.phase = "inpaint"
     with pytest.raises(ValueError, match="features: expected those of VGG-19 for the phase 'inpaint', got None"):
-        system.step(batch_of(64, "edges"))
+        system.step(batch_of(32, "edges"))
     mask = torch.ones(1, 1, 64, 64)
     with pytest.raises(ValueError, match="mask: expected known pixels"):
         csa().step(replace(batch_of(), mask=mask))

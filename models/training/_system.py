@@ -209,7 +209,9 @@ class TrainingSystem:
             ("state['optimizers']", own["optimizers"], state.get("optimizers", {})),
         ):
             if set(got) != set(expected):
-                raise ValueError(f"{path}: expected {', '.join(sorted(expected))}, got {', '.join(sorted(got)) or 'nothing'}")
+                raise ValueError(
+                    f"{path}: expected {', '.join(sorted(expected))}, got {', '.join(sorted(got)) or 'nothing'}"
+                )
         self.phase = state["phase"]
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
