@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from inpaint_kernels.models import CSA, GLCIC, Box, DeepFillV1, DeepFillV2, EdgeConnect, GuidedFace, PartialConvUNet
+from inpaint_kernels.models import (
+    CSA,
+    GLCIC,
+    Box,
+    DeepFillV1,
+    DeepFillV2,
+    EdgeConnect,
+    GuidedFace,
+    PartialConvUNet,
+    training,
+)
 from inpaint_kernels.models import deepfill_v1 as v1
 from inpaint_kernels.models import deepfill_v2 as v2
-from inpaint_kernels.models import training
 from inpaint_kernels.models.perceptual import (
     CSA_ADVERSARIAL,
     CSA_CONSISTENCY,
@@ -268,7 +277,7 @@ def test_deepfill_v1_trains_the_generator_in_every_fifth_step():
 def test_the_three_l1_weights_against_blur():
     batch = batch_of()
     losses = []
-    for weights in ({}, {name: 2.0 for name in ("coarse_l1_weight", "l1_weight", "known_l1_weight")}):
+    for weights in ({}, dict.fromkeys(("coarse_l1_weight", "l1_weight", "known_l1_weight"), 2.0)):
         torch.manual_seed(0)
         losses.append(deepfill_v1(generator_every=1, adversarial_weight=0, **weights).step(batch))
     published, raised = losses

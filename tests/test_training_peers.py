@@ -1,7 +1,7 @@
 """One training step against the public trainers: equal weights, images and random numbers, equal weights afterwards.
 
-Optional: needs a folder with checkouts (``INPAINT_PEERS=DIR``), see benches/peers.py. In float64. Errors are those of all
-parameters as one vector, relative to how far the public step moved them.
+Optional: needs a folder with checkouts (``INPAINT_PEERS=DIR``), see benches/peers.py. In float64. Errors are those of
+all parameters as one vector, relative to how far the public step moved them.
 """
 
 from __future__ import annotations

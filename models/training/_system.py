@@ -52,7 +52,7 @@ class Batch:
             raise ValueError(f"{expected} {'None' if boxes is None else len(boxes)}")
         windows = [Box(*box) for box in boxes]
         for box in windows:
-            inside = 0 <= box.top and 0 <= box.left and box.bottom <= height and box.right <= width
+            inside = min(box.top, box.left) >= 0 and box.bottom <= height and box.right <= width
             if box.size != (size, size) or not inside:
                 raise ValueError(f"{expected} {tuple(box)}")
         return windows

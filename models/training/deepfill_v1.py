@@ -145,8 +145,8 @@ class DeepFillV1Training(TrainingSystem):
         losses["known_l1"] = self._two_stages(
             *(terms.masked_l1_loss(x, truth, ~hole, normalise=settings.normalise_known) for x in (coarse, fine))
         )
-        scores = [weight * terms.wasserstein_generator_loss(critic(fake)) for critic, weight, _, fake, _ in judged]
-        losses["adversarial"] = torch.stack(scores).sum()
+        judgements = [weight * terms.wasserstein_generator_loss(critic(fake)) for critic, weight, _, fake, _ in judged]
+        losses["adversarial"] = torch.stack(judgements).sum()
         losses["generator"] = (
             settings.l1_weight * losses["l1"]
             + settings.known_l1_weight * losses["known_l1"]
