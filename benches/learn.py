@@ -5,8 +5,8 @@
 It writes ``benches/results/learning.json`` (losses, and PSNR in the held-out holes, step by step) and
 ``benches/results/learning.jpg``: truth, input, the untrained and the trained network.
 
-The published network, batch and rate take days. Here the network has half of the width, images have 64 x 64 pixels, four
-at a time, and Adam's rate is 1e-3, for the generator in every step; losses and their weights are the published ones.
+The published network, batch and rate take days. Here the network has half of the width, images have 64 x 64 pixels,
+four at a time, and Adam steps at 1e-3, for the generator too in every step; losses and weights are the published ones.
 So few steps leave it behind a hole in the mean colour of what is known, whose PSNR stands beside its own.
 """
 
