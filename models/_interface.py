@@ -83,7 +83,7 @@ class InpaintingModel(nn.Module):
         Raises:
             ValueError, TypeError: an argument has the wrong rank, size, dtype or device; the message names it.
         """
-        hole = self._check(image, mask)
+        hole = self.checked_hole(image, mask)
         image = image.masked_fill(hole, 0)
         if not isinstance(region, str):
             result = self.paint(image, hole, boxes=self._check_boxes(region, image), **guidance)
@@ -150,7 +150,8 @@ class InpaintingModel(nn.Module):
         shared = self.multiply_adds([], height, width)
         return merged(boxes, lambda box: self.multiply_adds([box], height, width) - shared)
 
-    def _check(self, image: Tensor, mask: Tensor) -> Tensor:
+    def checked_hole(self, image: Tensor, mask: Tensor) -> Tensor:
+        """The hole, bool [B, 1, H, W], of arguments of :meth:`forward`, which raise as there."""
         sizes = check_shape("image", image, "B 3 H W")
         check_floating("image", image)
         check_shape("mask", mask, "B|1 1 H W", **sizes)

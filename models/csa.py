@@ -471,17 +471,31 @@ class CSA(InpaintingModel):
             return_features: whether to return what the consistency loss compares.
         """
         check_least_size(image, self.least_size)
-        image = 2 * image - 1
-        fill = (2 / 255 * image.new_tensor(_FILL) - 1).view(1, 3, 1, 1)
-        coarse = self.coarse_generator(torch.where(hole, fill, image))
-        x = torch.cat([torch.where(hole, coarse, image), image.masked_fill(hole, 0)], 1)
-        flags = _flags(hole)
+        coarse = self.coarse_generator(coarse_input(image, hole))
+        flags = masked_positions(hole)
+        x = refinement_input(image, hole, coarse)
         refined = self.refinement_generator(x, flags, return_features=return_features)
         return CSAStages(coarse, *refined) if return_features else CSAStages(coarse, refined, None, None)
 
 
-def _flags(hole: Tensor) -> Tensor:
-    """The CSA layer's masked positions, bool [B, H / 8, W / 8] on the CPU."""
+def coarse_input(image: Tensor, hole: Tensor) -> Tensor:
+    """What the first network sees: [B, 3, H, W] in [-1, 1], grey in the hole; arguments as of :meth:`CSA.stages`."""
+    fill = (2 / 255 * image.new_tensor(_FILL) - 1).view(1, 3, 1, 1)
+    return torch.where(hole, fill, 2 * image - 1)
+
+
+def refinement_input(image: Tensor, hole: Tensor, coarse: Tensor) -> Tensor:
+    """What the second one sees: [B, 6, H, W] in [-1, 1], the hole as the first one painted it, and the hole 0."""
+    image = 2 * image - 1
+    return torch.cat([torch.where(hole, coarse, image), image.masked_fill(hole, 0)], 1)
+
+
+def masked_positions(hole: Tensor) -> Tensor:
+    """The CSA layer's masked positions, bool [B, H / 8, W / 8] on the CPU.
+
+    Raises:
+        ValueError: an image has no known position.
+    """
     flags = kernels.CSA().set_mask(hole)
     traced = torch.compiler.is_compiling() or isinstance(flags, FakeTensor)
     if not traced and flags.flatten(1).all(1).any():

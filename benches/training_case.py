@@ -1,0 +1,116 @@
+"""Cases of bench_training.py: a generator's training step, ours beside the public network with the same weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benches.acceleration_case import OURS, PUBLISHED, PUBLISHED_LAST, TOLERANCE, means
+from benches.harness import Outputs, Provider
+from benches.peer_models import one_hole_mask, tensors_in, unit_image
+from benches.published_models import PUBLISHED_MODELS, PublishedModel
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One race: forward, L1 of all pictures that the network paints, and the gradients of its parameters.
+
+    Attributes:
+        name: of the pair, see published_models.py.
+        size: side of the images.
+        batch: images, with one hole for all: public attentions take the first one's.
+        folder: where the checkouts are.
+    """
+
+    name: str
+    size: int
+    batch: int
+    folder: Path = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.size}-batch{self.batch}"
+
+    @property
+    def pair(self) -> PublishedModel:
+        return next(pair for pair in PUBLISHED_MODELS if pair.name == self.name)
+
+    @property
+    def slow(self) -> bool:
+        return self.batch * self.size**2 > 4 * 256**2
+
+    @property
+    def race_seconds(self) -> float:
+        return 60.0
+
+    @property
+    def baseline(self) -> str | None:
+        return PUBLISHED
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        return (TOLERANCE,)
+
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        return (PUBLISHED, PUBLISHED_LAST, OURS)
+
+    def provider(self, name: str) -> Provider:
+        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "op": "training",
+            "case": str(self),
+            "model": self.name,
+            "repository": self.pair.peer.repository,
+            "size": self.size,
+            "batch": self.batch,
+            "direction": "training step of the generator",
+        }
+
+
+def _runner(case: TrainingCase, name: str) -> Callable[[], Outputs]:
+    pair = case.pair
+    network = pair.load_published(case.folder)
+    image, mask = unit_image(case.size, case.batch, 1), one_hole_mask(case.size, case.batch, 2)
+    if name == OURS:
+        model = pair.build()
+        model.load_state_dict(pair.convert(network.state_dict()))
+        guidance = pair.guidance(image, mask)
+        return functools.partial(_step, model.train(), lambda: _paint(model, image, mask, guidance), image)
+    if name == PUBLISHED_LAST:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = pair.arguments(image, mask)
+    network.train()
+    return functools.partial(_step, network, lambda: _paint_published(pair, network, inputs), image)
+
+
+def _step(network: nn.Module, paint: Callable[[], Sequence[Tensor]], image: Tensor) -> Outputs:
+    """The final picture, after the backward pass."""
+    network.zero_grad(set_to_none=True)
+    pictures = paint()
+    torch.stack([(picture - image).abs().mean() for picture in pictures]).sum().backward()
+    return (pictures[-1].detach(),)
+
+
+def _paint(model: Any, image: Tensor, mask: Tensor, guidance: dict[str, Tensor]) -> Sequence[Tensor]:
+    result = model(image, mask, **guidance)
+    return [result.output] if result.coarse is None else [result.coarse, result.output]
+
+
+def _paint_published(pair: PublishedModel, network: nn.Module, inputs: Any) -> Sequence[Tensor]:
+    with pair.peer.running(torch.zeros(())):
+        outputs = tensors_in(network(*inputs))
+    return [pair.picture(output) for output in outputs[: 1 + pair.coarse]]
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(case: TrainingCase) -> Outputs:
+    """The published network's own picture, as a gate for the others; its own race passes with an error of 0."""
+    return means(_runner(case, PUBLISHED)())
