@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from inpaint_kernels.models import InpaintingModel, exemplar
-from inpaint_kernels.photo_tensors import LUMA
+from inpaint_kernels.photo_tensors import luma
 from inpaint_kernels.pipeline import inpaint
 
 METHODS = ("auto", "exemplar", "diffusion")
@@ -156,7 +156,7 @@ class _Photo:
         pixels, mask, channels = self._pixels, self._mask, self.image.shape[0]
         values = painted.float().cpu()
         if channels == 1 and len(values) == 3:
-            values = (values * values.new_tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+            values = luma(values)
         filled = pixels.copy()
         inside = values.permute(1, 2, 0).numpy()[mask].clip(0, 1) * (self._high - self._low) + self._low
         filled.reshape(*mask.shape, -1)[mask, :channels] = inside if _is_float(pixels) else np.rint(inside)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from inpaint_kernels._checks import check_range
 
-LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in a gray, ITU-R BT.601, as Pillow's: of three equal ones it is that one."""
+_LUMA = (0.299, 0.587, 0.114)
 
 _PICTURE_MODES = ("L", "LA", "RGB", "RGBA", "I;16", "F")
 _FULL_SCALE = {torch.uint8: 255, torch.uint16: 65535}
@@ -89,7 +88,7 @@ class PhotoTensor:
     def _as_colours(self, rgb: Tensor) -> Tensor:
         if self._colours.shape[1] == 3:
             return rgb
-        return (rgb * rgb.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        return luma(rgb)
 
     def _as_pixels(self, x: Tensor) -> Tensor:
         """Values in [0, 1] in the photo's dtype, on its device."""
@@ -101,6 +100,11 @@ class PhotoTensor:
     def _with_alpha(self, colours: Tensor) -> Tensor:
         alpha = self.pixels[:, self._colours.shape[1] :]
         return torch.cat([colours, alpha], 1) if alpha.shape[1] else colours
+
+
+def luma(rgb: Tensor) -> Tensor:
+    """[..., 3, H, W] RGB -> [..., 1, H, W] gray, ITU-R BT.601 as Pillow's: of three equal colours it is that one."""
+    return (rgb * rgb.new_tensor(_LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

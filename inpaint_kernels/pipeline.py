@@ -348,7 +348,9 @@ def _resize(run: _Run, image: Tensor, hole: Tensor) -> InpaintResult:
         for name, x in result._asdict().items()
     }
     if run.settings.residual:
-        maps["output"] = _with_residual(run, image, hole, torch.where(small_hole, result.output, small), result)
+        maps["output"] = _with_residual(
+            run, image, hole, torch.where(small_hole, result.output, small), small_hole, result
+        )
         maps["attention"] = result.attention if run.guidance.get("return_attention") else None
     return InpaintResult(**maps)
 
@@ -357,10 +359,11 @@ def _enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x.float(), size, mode="bicubic").clamp(0, 1).to(x.dtype)
 
 
-def _with_residual(run: _Run, image: Tensor, hole: Tensor, small: Tensor, result: InpaintResult) -> Tensor:
+def _with_residual(
+    run: _Run, image: Tensor, hole: Tensor, small: Tensor, small_hole: Tensor, result: InpaintResult
+) -> Tensor:
     """Images of full size whose holes are those of the reduced ones, with the fine structure of known places."""
     base = _enlarged(small, (image.shape[2], image.shape[3]))
-    small_hole = F.adaptive_max_pool2d(hole.to(image.dtype), small.shape[2:]) > 0
     for i in range(len(image)):
         one = slice(i, i + 1)
         attention = None if result.attention is None else result.attention[one]

@@ -348,8 +348,8 @@ def _with_weights(
 ) -> InpaintingModel:
     with torch.device("meta"):  # nothing is allocated before the shapes are known to be right
         model = _build(parts, arguments, state)
-    missing = _check_tensors(parts, model.state_dict(), state, strict)
     expected = model.state_dict()
+    missing = _check_tensors(parts, expected, state, strict)
     kept = {name: tensor for name, tensor in state.items() if name in expected}
     if missing:
         model = _build(parts, arguments, state)

@@ -23,6 +23,9 @@ PICKLE_MAGIC = b"\x80"
 Instruction = tuple[str, Any]
 """An operation's name and its argument."""
 
+_LOOK_BACK = 3
+"""Instructions in front of one that say what it takes from the stack."""
+
 _LEGACY_PICKLES = 4
 """Magic number, protocol, the machine's numbers, and the object; raw storages follow."""
 
@@ -103,15 +106,16 @@ def _instructions(path: Path, stream: IO[bytes]) -> list[Instruction]:
 
 def _check(path: Path, instructions: list[Instruction], size: int) -> None:
     for number, (code, argument) in enumerate(instructions):
+        before = instructions[max(number - _LOOK_BACK, 0) : number]
         if code in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            name = argument if code in ("GLOBAL", "INST") else _stacked_name(instructions[:number])
+            name = argument if code in ("GLOBAL", "INST") else _stacked_name(before)
             if not _may_be_named(name):
                 raise CheckpointError(
                     f"{path}: it names {name.replace(' ', '.')}; only tensors and plain values are read, and nothing "
                     "in the file was run. Who trusts it can save its state_dict alone with the code that wrote it"
                 )
         elif code == "BINPERSID":
-            _check_storage(path, instructions[:number], size)
+            _check_storage(path, before, size)
 
 
 def _stacked_name(before: list[Instruction]) -> str:
@@ -126,7 +130,7 @@ def _may_be_named(name: str) -> bool:
 
 def _check_storage(path: Path, before: list[Instruction], size: int) -> None:
     """``("storage", type, key, device, elements)``, in old files with a None behind it: the elements must be there."""
-    end = [instruction for instruction in before[-3:] if instruction[0] != "NONE"]
+    end = [instruction for instruction in before if instruction[0] != "NONE"]
     code, elements = end[-2] if len(end) >= 2 else ("", 0)
     if code not in _INTEGERS:
         raise CheckpointError(f"{path}: a storage does not say its number of elements")

@@ -76,6 +76,7 @@ class GuidedTraining(TrainingSystem):
         seed: see :class:`._system.TrainingSystem`.
     """
 
+    settings: GuidedSettings
     phases: ClassVar[tuple[str, ...]] = ("guide", "inpaint", "inpaint_predicted", "joint")
 
     def __init__(
@@ -126,6 +127,16 @@ class GuidedTraining(TrainingSystem):
             losses[name] = torch.stack(parts).sum()
         self._update(discriminator=losses["discriminator"], generator=losses["generator"])
         return losses
+
+    def _image_total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The second generator's loss, of its terms."""
+        settings = self.settings
+        return (
+            settings.l1_weight * losses["l1"]
+            + settings.adversarial_weight * losses["adversarial"]
+            + settings.perceptual_weight * losses["perceptual"]
+            + settings.style_weight * losses["style"]
+        )
 
     def _judge_guide(
         self, gray: Tensor, truth: Tensor, predicted: Tensor, losses: dict[str, Tensor]

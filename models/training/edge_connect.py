@@ -97,7 +97,6 @@ class EdgeConnectTraining(GuidedTraining):
     def _judge_image(
         self, image: Tensor, output: Tensor, hole: Tensor, losses: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        settings = self.settings
         if self.features is None:
             raise ValueError(f"features: expected those of VGG-19 for the phase {self.phase!r}, got None")
         real, _ = self.image_discriminator(image)
@@ -108,10 +107,4 @@ class EdgeConnectTraining(GuidedTraining):
         losses["perceptual"] = perceptual_loss(self.features(output), self.features(image), EDGE_CONNECT_CONTENT)
         in_hole = (self.features(x * hole) for x in (output, image))
         losses["style"] = style_loss(*in_hole, EDGE_CONNECT_STYLE)
-        total = (
-            settings.l1_weight * losses["l1"]
-            + settings.adversarial_weight * losses["adversarial"]
-            + settings.perceptual_weight * losses["perceptual"]
-            + settings.style_weight * losses["style"]
-        )
-        return losses["image_discriminator"], total
+        return losses["image_discriminator"], self._image_total(losses)

@@ -99,10 +99,4 @@ class GuidedFaceTraining(GuidedTraining):
         features, target = self.features(output), self.features(image)
         losses["perceptual"] = perceptual_loss(features, target, GUIDED_FACE)
         losses["style"] = style_loss(features, target, GUIDED_FACE)
-        total = (
-            settings.l1_weight * losses["l1"]
-            + settings.adversarial_weight * losses["adversarial"]
-            + settings.perceptual_weight * losses["perceptual"]
-            + settings.style_weight * losses["style"]
-        )
-        return losses["image_discriminator"], total
+        return losses["image_discriminator"], self._image_total(losses)
