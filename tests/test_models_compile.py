@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inpaint_kernels import (
     PRESETS,
+    ContextualAttentionResult,
     coherent_semantic_attention,
     contextual_attention,
     dilated_conv2d,
@@ -285,6 +286,7 @@ def test_onnx_export_names_absent_packages(tmp_path, monkeypatch):
 
 # The ops as ONNX writes them ------------------------------------------------------------------------------------------
 
+torch.manual_seed(26)
 MAPS = torch.randn(2, 6, 12, 16)
 HOLES = (torch.rand(2, 1, 12, 16) > 0.7).float()
 
@@ -330,6 +332,9 @@ def test_composites_equal_the_ops(name):
     with onnx._Composites():
         found = CALLS[name](x)
     assert type(found) is type(expected)
+    if isinstance(expected, ContextualAttentionResult):  # where the probability underflows, any key is the largest
+        seen = (expected.maximum > 1e-30)[:, None]
+        expected, found = (y._replace(offsets=y.offsets * seen) for y in (expected, found))
     for one, other in zip(*([y] if isinstance(y, Tensor) else y for y in (found, expected)), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

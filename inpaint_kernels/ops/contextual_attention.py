@@ -43,7 +43,7 @@ class ContextualAttentionResult(NamedTuple):
     Attributes:
         output: [B, Cv, rate * hq, rate * wq].
         offsets: [B, 2, hq, wq] int64, (row, column) of the most attended key minus that of the query; 0 where not
-            computed.
+            computed, without meaning where ``maximum`` is 0 (every probability underflows).
         maximum: [B, hq, wq] probability of that key, in [0, 1] (not differentiable); 0 where not computed.
     """
 
