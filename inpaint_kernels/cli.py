@@ -1,4 +1,4 @@
-"""The command line: ``info``, ``models``, ``fill``, ``mask``, ``compare``, ``convert`` and ``bench``.
+"""The command line: ``info``, ``models``, ``fill``, ``mask``, ``compare``, ``convert``, ``train`` and ``bench``.
 
 Results go to standard output; warnings, errors and progress bars to standard error. Exit codes: 0 done, 1 the work
 cannot be done (one sentence says why), 2 the command line itself is wrong.
@@ -6,36 +6,27 @@ cannot be done (one sentence says why), 2 the command line itself is wrong.
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from inpaint_kernels import catalogue, comparison, images, info, masks, panels, processes
+from inpaint_kernels import catalogue, comparison, images, info, masks, panels, processes, terminal
 from inpaint_kernels.fillers import MODELS, Filler, Guide, make_fillers, read_rgb, sigma_variants
 from inpaint_kernels.filling import Outcome, Output, Read, Task, find_tasks, is_many, run
 from inpaint_kernels.mask_options import (
@@ -63,10 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Tables keep a sensible width where the output is no terminal.
-_out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
-
 
 _LIMITS = "Files"
 _MODEL = "Learned models"
@@ -291,7 +278,7 @@ def fill(
         painting["dtype"] = getattr(torch, dtype)
     if memory is not None:
         painting["memory"] = memory
-    with _errors_as_sentences():
+    with terminal.errors_as_sentences():
         pictures.check(image, mask, output, force)
         drawing = None if guide is None else masks.mask_from_brightness(_read(guide, max_pixels).pixels)
         edges = None if edges_from is None else read_rgb(edges_from, max_pixels)
@@ -312,7 +299,7 @@ def fill(
         def read(task: Task) -> tuple[images.Photo, masks.Mask]:
             photo = _read(task.image, max_pixels)
             hole = build_mask(photo, replace(options, file=task.mask), task.image.name, max_pixels)
-            _warn(masks.hole_warning(hole))
+            terminal.warn(masks.hole_warning(hole))
             return photo, hole
 
         if is_many(image):
@@ -357,15 +344,15 @@ def write_mask(
         mask_random,
         seed,
     )
-    with _errors_as_sentences():
+    with terminal.errors_as_sentences():
         if images.format_of(output) == "JPEG":
             raise ValueError(f"{output}: JPEG would blur the mask; write PNG, TIFF or WebP")
         images.check_output(output, force=force, inputs=[path for path in (image, mask) if path is not None])
         photo = _read(image, max_pixels)
         hole = build_mask(photo, options, image.name, max_pixels)
-        _warn(masks.hole_warning(hole))
+        terminal.warn(masks.hole_warning(hole))
         images.write_photo(output, images.Photo(np.where(hole, 255, 0).astype(np.uint8), "PNG"))
-        _out.print(f"hole: {masks.describe_hole(hole)}: {escape(str(output))}")
+        terminal.out.print(f"hole: {masks.describe_hole(hole)}: {escape(str(output))}")
 
 
 @app.command()
@@ -381,7 +368,7 @@ def compare(
     """Print PSNR, SSIM and L1 of a picture against the truth: overall, and in the hole."""
     from inpaint_kernels import metrics
 
-    with _errors_as_sentences():
+    with terminal.errors_as_sentences():
         a, b = (_read(path, max_pixels).pixels for path in (picture, truth))
         hole = None if mask is None else masks.mask_from_brightness(_read(mask, max_pixels).pixels)
         found = metrics.compare(a, b, hole)
@@ -391,21 +378,21 @@ def compare(
     table = Table("region", "PSNR / dB", "SSIM", "L1")
     for region, values in found.items():
         table.add_row(region, *metrics.as_text(values))
-    _out.print(table)
+    terminal.out.print(table)
 
 
 @app.command("info")
 def print_info() -> None:
     """Print versions, the state of the native library, devices, and which backend each op can run on."""
     for table in info.tables():
-        _out.print(table)
+        terminal.out.print(table)
 
 
 @app.command("models")
 def print_models() -> None:
     """Print the learned models, their papers, and whose weights they load: where to get them, and their licence."""
     for table in catalogue.tables():
-        _out.print(table, "")
+        terminal.out.print(table, "")
 
 
 @app.command()
@@ -436,14 +423,83 @@ def convert(
 
     Example: inpaint-kernels convert states_tf_places2.pth deepfill_v2.safetensors
     """
-    with _errors_as_sentences(), warnings.catch_warnings():
+    with terminal.errors_as_sentences(), warnings.catch_warnings():
         warnings.simplefilter("ignore", LicenceNotice)  # it is printed below
         metadata = convert_checkpoint(source, target, dialect=dialect, force=force)
         dialect_of = f" ({metadata['dialect']})" if metadata["dialect"] else ""
-        _out.print(
+        terminal.out.print(
             f"{metadata['model']}{dialect_of} of {metadata['repository']}: {escape(str(target))}\n"
             f"licence of the weights: {escape(metadata['licence'])}"
         )
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a published recipe, see --list.")
+    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="RUN", help="The folder of the run.", show_default=False),
+    ] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="The folder of the photos to train on.", show_default=False)
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Published weights to train on from, not random ones.", show_default=False),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Another value than the file's, as batch=4 or settings.learning_rate=2e-4; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN, as if there had been no break.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the whole configuration as TOML, to be changed, and do nothing.")
+    ] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Print the names of the published recipes.")] = False,
+) -> None:
+    """Train a model on the photos of a folder; under torchrun on several GPUs.
+
+    RUN gets checkpoints that fill --weights takes, sample rows, and logs for TensorBoard. Ctrl-C saves a checkpoint.
+
+    Example: inpaint-kernels train deepfill_v2 --photos photos -o run --set batch=8
+    """
+    with terminal.errors_as_sentences():
+        trainer = _import_trainer()
+        if list_recipes:
+            terminal.out.print("\n".join(trainer.recipes()))
+            return
+        given = {name: path for name, path in (("photos", photos), ("start", start)) if path is not None}
+        wanted = trainer.read_config(config, given | trainer.parse_overrides(values or []))
+        if show:
+            print(trainer.write_config(wanted), end="")
+            return
+        if output is None:
+            raise typer.BadParameter("--output: expected the folder of the run, got none")
+        with terminal.steps_bar(wanted.steps) as bar:
+            made = trainer.train(wanted, output, resume=resume, report=lambda step, losses: bar(step, _brief(losses)))
+    if processes.rank() == 0:
+        stopped = "" if made >= wanted.steps else f"; stopped, --resume makes the other {wanted.steps - made}"
+        terminal.out.print(f"{made} steps: {escape(str(output))}{stopped}")
+
+
+def _import_trainer() -> ModuleType:
+    try:
+        return importlib.import_module("inpaint_kernels.trainer")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"training needs {error.name}: pip install 'inpaint-kernels[train]'") from error
+
+
+def _brief(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
 
 
 @app.command()
@@ -467,11 +523,11 @@ def bench(
         raise typer.BadParameter(f"op: expected one of {', '.join(comparison.OPS)}, got {op!r}")
     if suite:
         raise typer.Exit(_run_suite(op))
-    with _errors_as_sentences():
+    with terminal.errors_as_sentences():
         case = comparison.Case(size=size, channels=channels, threads=threads)
-        with _progress_bar() as report_progress:
+        with terminal.progress_bar() as report_progress:
             rows = comparison.compare(case, rounds=rounds, progress=report_progress)
-    _out.print(comparison.comparison_table(case, rows))
+    terminal.out.print(comparison.comparison_table(case, rows))
     if any(row.wrong for row in rows):
         raise typer.Exit(1)
 
@@ -536,7 +592,7 @@ def _fill_one(
             panels.check_panels(names, method=first.name, provided=first.panels, size=size, truth=true_pixels)
         return photo, hole
 
-    with _progress_bar() as report:
+    with terminal.progress_bar() as report:
         (outcome,) = run([task], first, read_and_check, output, report)
         if outcome.status == "failed":
             raise ValueError(outcome.error)
@@ -557,7 +613,7 @@ def _fill_one(
         _say(as_json, escape(outcome.filled.advice))
 
 
-def _filled_again(outcome: Outcome, filler: Filler, output: Output, report: _BarReporter) -> Outcome:
+def _filled_again(outcome: Outcome, filler: Filler, output: Output, report: terminal.BarReporter) -> Outcome:
     """The same photo by another filler; nothing is written."""
     if outcome.photo is None or outcome.mask is None or outcome.filled is None:
         return outcome
@@ -603,7 +659,7 @@ def _fill_many(tasks: Sequence[Task], filler: Filler, read: Read, output: Output
     failed: list[str] = []
     with processes.group() as group:
         share = group.share(tasks)
-        with _files_bar(len(share)) as advance:
+        with terminal.files_bar(len(share)) as advance:
             for outcome in run(share, filler, read, output):
                 counts[outcome.status] += 1
                 if outcome.status == "failed":
@@ -617,7 +673,7 @@ def _fill_many(tasks: Sequence[Task], filler: Filler, read: Read, output: Output
         kinds = ("filled", "unchanged", "skipped", "failed")
         _say(as_json, ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]))
         for text in failed:
-            _err.print(f"[red]failed:[/red] {escape(text)}")
+            terminal.err.print(f"[red]failed:[/red] {escape(text)}")
     if failed:
         raise typer.Exit(1)
 
@@ -628,10 +684,10 @@ def _report_outcome(outcome: Outcome, as_json: bool) -> None:
         return
     target = escape(str(outcome.task.output))
     if outcome.status == "unchanged":
-        _out.print(f"no hole: {target} is the input, unchanged")
+        terminal.out.print(f"no hole: {target} is the input, unchanged")
     elif outcome.filled is not None and outcome.mask is not None and outcome.photo is not None:
         size = f"{outcome.photo.width} x {outcome.photo.height}"
-        _out.print(
+        terminal.out.print(
             f"filled {masks.describe_hole(outcome.mask)} of {size} by {outcome.filled.method} "
             f"in {outcome.seconds:.1f} s: {target}"
         )
@@ -652,7 +708,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 def _say(as_json: bool, text: str) -> None:
     """To standard output, or beside the JSON that stands there."""
-    (_err if as_json else _out).print(text)
+    (terminal.err if as_json else terminal.out).print(text)
 
 
 def _model_names(text: str | None) -> list[str]:
@@ -676,7 +732,7 @@ def _load_quietly(path: Path) -> InpaintingModel:
         warnings.simplefilter("always")
         model = load_pretrained(path)
     for warning in caught:
-        _err.print(f"note: {escape(str(warning.message))}")
+        terminal.err.print(f"note: {escape(str(warning.message))}")
     return model
 
 
@@ -687,7 +743,7 @@ def _run_suite(op: str) -> int:
     """Run ``benches/bench_<op>.py`` of the checkout that this package was imported from; pytest's exit code."""
     path = Path(__file__).resolve().parent.parent / "benches" / f"bench_{op}.py"
     if not path.is_file():
-        _fail(
+        terminal.fail(
             f"the suites are part of a checkout, not of an installed package ({path.parent} is not there); "
             f"the quick comparison is here: inpaint-kernels bench {op}"
         )
@@ -697,58 +753,5 @@ def _run_suite(op: str) -> int:
 def _read(path: Path, max_pixels: int | None) -> images.Photo:
     photo = images.read_photo(path, max_pixels=max_pixels)
     for note in photo.notes:
-        _err.print(f"note: {escape(note)}")
+        terminal.err.print(f"note: {escape(note)}")
     return photo
-
-
-class _BarReporter:
-    """Moves a progress bar; called as (share done, stage)."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=1.0)
-
-    def __call__(self, fraction: float, stage: str) -> None:
-        self._progress.update(self._task, completed=fraction, description=escape(stage))
-
-
-@contextmanager
-def _progress_bar() -> Iterator[_BarReporter]:
-    """A bar on standard error that goes away when the work is done; nothing where that is not a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        yield _BarReporter(progress)
-
-
-@contextmanager
-def _files_bar(total: int) -> Iterator[Callable[[], None]]:
-    """A bar of files with the time that is left; what it yields moves it by one."""
-    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        task = progress.add_task("photos", total=total)
-        yield lambda: progress.advance(task)
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """What the library says of bad input is said to the user as it is, without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        _fail(str(error) or "not enough memory")
-
-
-def _warn(sentence: str | None) -> None:
-    if sentence:
-        _err.print(f"[yellow]warning:[/yellow] {escape(sentence)}")
-
-
-def _fail(sentence: str) -> NoReturn:
-    _err.print(f"[red]error:[/red] {escape(sentence)}")
-    raise typer.Exit(1)

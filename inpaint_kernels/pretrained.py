@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from inpaint_kernels.models import GLCIC, InpaintingModel, checkpoints
 from inpaint_kernels.models.checkpoints import Converted, Layout
 from inpaint_kernels.models.edge_connect import fold_spectral_norm as fold
 
-__all__ = ["CheckpointError", "LicenceNotice", "convert_checkpoint", "load_pretrained"]
+__all__ = [
+    "CheckpointError",
+    "LicenceNotice",
+    "Pretrained",
+    "convert_checkpoint",
+    "load_pretrained",
+    "read_pretrained",
+    "write_model",
+]
 
 _METADATA = "inpaint_kernels"
 """Key of the metadata of what :func:`convert_checkpoint` writes."""
@@ -32,8 +40,16 @@ class LicenceNotice(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Pretrained:
-    """A model and where it comes from."""
+class Pretrained:
+    """A model and where it comes from.
+
+    Attributes:
+        model: with its weights.
+        arguments: that it was made with.
+        layout: of the file.
+        files: that were read.
+        licence: of the weights.
+    """
 
     model: InpaintingModel
     arguments: dict[str, Any]
@@ -77,11 +93,17 @@ def load_pretrained(
     Warns:
         LicenceNotice: the licence of the weights; most of the published ones are not for commercial use.
     """
-    pretrained = _load(Path(path), dialect, strict)
-    _say_licence(pretrained)
+    pretrained = read_pretrained(path, dialect=dialect, strict=strict)
     if fold_spectral_norm:
         fold(pretrained.model)
     return pretrained.model
+
+
+def read_pretrained(path: str | os.PathLike[str], *, dialect: str | None = None, strict: bool = True) -> Pretrained:
+    """:func:`load_pretrained`, with what the file says beside the weights."""
+    pretrained = _load(Path(path), dialect, strict)
+    _say_licence(pretrained)
+    return pretrained
 
 
 def convert_checkpoint(
@@ -107,31 +129,49 @@ def convert_checkpoint(
         OutputError: the target cannot be written, exists, or is the source.
         ValueError: it ends in something else.
     """
-    from safetensors.torch import save
-
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"target: expected a name that ends in .safetensors, got {os.fspath(target)!r}")
     check_output(target, force=force, inputs=[source])
-    pretrained = _load(Path(source), dialect, strict=True)
-    _say_licence(pretrained)
-    metadata = _metadata(pretrained)
-    content = save({name: tensor.contiguous() for name, tensor in pretrained.model.state_dict().items()}, metadata)
-    write_atomically(target, lambda stream: stream.write(content))
-    return metadata
-
-
-def _metadata(pretrained: _Pretrained) -> dict[str, str]:
-    return {
-        "format": "pt",
-        _METADATA: "1",
-        "model": type(pretrained.model).__name__,
-        "arguments": json.dumps(pretrained.arguments),
-        "dialect": pretrained.arguments.get("dialect", ""),
+    pretrained = read_pretrained(source, dialect=dialect)
+    origin = {
         "source": " ".join(file.name for file in pretrained.files),
         "sha256": " ".join(_sha256(file) for file in pretrained.files),
         "repository": pretrained.layout.repository,
         "licence": pretrained.licence,
     }
+    return write_model(pretrained.model, pretrained.arguments, target, origin)
+
+
+def write_model(
+    model: InpaintingModel,
+    arguments: Mapping[str, Any],
+    target: str | os.PathLike[str],
+    origin: Mapping[str, str],
+) -> dict[str, str]:
+    """Write a model as a safetensors file that :func:`load_pretrained` reads; it appears whole or not at all.
+
+    Args:
+        model: on any device.
+        arguments: that it was made with; plain values.
+        target: the file; replaced where it exists.
+        origin: where the weights are from, as strings: "repository" and "licence", and what else is known.
+
+    Returns:
+        The metadata in the file.
+    """
+    from safetensors.torch import save
+
+    metadata = {
+        "format": "pt",
+        _METADATA: "1",
+        "model": type(model).__name__,
+        "arguments": json.dumps(dict(arguments)),
+        "dialect": arguments.get("dialect", ""),
+        **origin,
+    }
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metadata)
+    write_atomically(target, lambda stream: stream.write(content))
+    return metadata
 
 
 def _sha256(path: Path) -> str:
@@ -147,7 +187,7 @@ def _sha256(path: Path) -> str:
 _said: set[tuple[str, str]] = set()
 
 
-def _say_licence(pretrained: _Pretrained) -> None:
+def _say_licence(pretrained: Pretrained) -> None:
     notice = (pretrained.layout.repository, pretrained.licence)
     if notice not in _said:
         _said.add(notice)
@@ -171,7 +211,7 @@ class _Part:
         return self.contents.files[0]
 
 
-def _load(path: Path, dialect: str | None, strict: bool) -> _Pretrained:
+def _load(path: Path, dialect: str | None, strict: bool) -> Pretrained:
     parts = [_read_part(_first_file(path))]
     layout = parts[0].converted.layout
     if layout.part:
@@ -185,7 +225,7 @@ def _load(path: Path, dialect: str | None, strict: bool) -> _Pretrained:
     files = tuple(file for part in parts for file in part.contents.files)
     own = parts[0].contents.metadata if _METADATA in parts[0].contents.metadata else {}
     layout = replace(layout, repository=own.get("repository", layout.repository))
-    return _Pretrained(model.eval(), arguments, layout, files, own.get("licence", layout.licence))
+    return Pretrained(model.eval(), arguments, layout, files, own.get("licence", layout.licence))
 
 
 def _read_part(path: Path) -> _Part:

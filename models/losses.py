@@ -238,8 +238,11 @@ def bce_generator_loss(fake: Tensor, *, from_logits: bool = False) -> Tensor:
 
 
 def _bce(scores: Tensor, label: float, from_logits: bool) -> Tensor:
-    loss = F.binary_cross_entropy_with_logits if from_logits else F.binary_cross_entropy
-    return loss(scores, torch.full_like(scores, label))
+    if from_logits:
+        return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, label))
+    with torch.autocast(scores.device.type, enabled=False):  # which refuses it on CUDA: logarithms of short numbers
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return F.binary_cross_entropy(scores.to(wide), torch.full_like(scores, label, dtype=wide))
 
 
 def least_squares_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

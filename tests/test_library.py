@@ -167,6 +167,8 @@ MAY_IMPORT = {
         "photo",
         "pretrained",
         "processes",
+        "terminal",
+        "trainer",
         PUBLIC,
     },
     "comparison": {PUBLIC},
@@ -196,6 +198,21 @@ MAY_IMPORT = {
     "pretrained": {"_files", "checkpoint_files", "models"},
     "recipes": {"flow_color", "ops", "recipes"},
     "reference": {"reference"},
+    "terminal": set(),
+    "trainer": {
+        "_files",
+        "checkpoint_files",
+        "fillers",
+        "images",
+        "masks",
+        "metrics",
+        "models",
+        "panels",
+        "pretrained",
+        "processes",
+        "trainer",
+        PUBLIC,
+    },
     "triton_kernels": {"_packed_weights", "portable", "triton_kernels"},
 }
 
@@ -220,6 +237,8 @@ THIRD_PARTY = {
     "photo_tensors": {"PIL", "numpy"},
     "plugins": {"comfy", "folder_paths", "iopaint", "numpy"},
     "pretrained": {"safetensors"},
+    "terminal": {"rich", "typer"},
+    "trainer": {"PIL", "numpy", "pydantic", "safetensors", "tomlkit"},
     "triton_kernels": {"triton"},
 }
 

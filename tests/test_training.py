@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -220,6 +220,74 @@ def test_a_step_moves_what_it_trains_and_nothing_else(case):
         for key, parameter in network.named_parameters():
             moved = not torch.equal(parameter, before[name][key])
             assert moved == (name in case.trained) or (name, key) in UNTRAINABLE, f"{name}.{key}"
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    parts = zip(*(x.chunk(2) if isinstance(x, Tensor) and len(x) == 2 else (x, x) for x in _values(batch)), strict=True)
+    return Batch(*next(parts)), Batch(*next(parts))
+
+
+def _values(batch: Batch) -> list[Any]:
+    return [getattr(batch, field.name) for field in fields(batch)]
+
+
+def test_gradients_of_several_batches_are_averaged():
+    """The critics are Wasserstein's, and the generator meets them as they were: losses are means over images.
+
+    The penalty's random places come in another order, so it is left out.
+    """
+    batch = batch_of()
+    whole, parted = (deepfill_v1(generator_every=1, penalty_weight=0) for _ in range(2))
+    parted.load_state_dict(whole.state_dict())
+    before = parameters_of(whole)
+    losses = whole.step(batch), parted.step(*_halves(batch))
+    assert parted.steps == 1
+    assert losses[0].keys() == losses[1].keys()
+    for name in losses[0].keys() - {"penalty"}:
+        torch.testing.assert_close(losses[0][name], losses[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    for one, other in zip(*(system.networks.values() for system in (whole, parted)), strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6)
+    moved = parameters_of(parted)
+    assert any(not torch.equal(moved["generator"][key], p) for key, p in before["generator"].items())
+
+
+def test_an_optimiser_steps_once_with_the_last_of_several_batches():
+    system = deepfill_v2()
+    steps: list[str] = []
+    for name, optimizer in system.optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: steps.append(name))
+    system.step(batch_of(), batch_of(seed=1), batch_of(seed=2))
+    assert steps == ["discriminator", "generator"]
+    with pytest.raises(ValueError, match="batches: expected at least one, got none"):
+        system.step()
+
+
+def test_the_rate_factor_scales_all_rates():
+    system = partial_conv()
+    assert system.rate_factor == 1
+    system.rate_factor = 0.5
+    assert rates_of(system) == {"generator": 1e-4}
+    system.phase = "finetuning"
+    assert rates_of(system) == {"generator": 2.5e-5}
+    other = partial_conv()
+    other.load_state_dict(system.state_dict())
+    assert (other.rate_factor, rates_of(other)) == (0.5, {"generator": 2.5e-5})
+    with pytest.raises(ValueError, match="rate_factor"):
+        system.rate_factor = -1.0
+
+
+def rates_of(system: TrainingSystem) -> dict[str, float]:
+    return {name: optimizer.param_groups[0]["lr"] for name, optimizer in system.optimizers.items()}
+
+
+def test_gradients_are_reduced_before_an_optimiser_steps():
+    system = deepfill_v2()
+    before = parameters_of(system)
+    system.reduce_gradients = lambda parameters: [p.grad.zero_() for p in parameters if p.grad is not None]
+    system.step(batch_of())
+    after = parameters_of(system)
+    assert all(torch.equal(after[name][key], p) for name, own in before.items() for key, p in own.items())
 
 
 RESUMED = ("deepfill_v1", "deepfill_v2", "edge_connect_guide", "csa_published")
@@ -460,5 +528,7 @@ def test_settings_are_checked(settings, message):
 def test_the_state_of_another_system_is_refused():
     with pytest.raises(ValueError, match=r"state\['networks'\]: expected discriminator, generator, got .*local_critic"):
         glcic().load_state_dict(deepfill_v1().state_dict())
-    with pytest.raises(ValueError, match="state: expected networks, optimizers, phase, random, steps, got nothing"):
+    with pytest.raises(
+        ValueError, match="state: expected networks, optimizers, phase, random, rate_factor, steps, got"
+    ):
         glcic().load_state_dict({})

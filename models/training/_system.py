@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -107,9 +107,14 @@ class TrainingSystem:
     Attributes:
         model: as given.
         networks: as given.
-        optimizers: as given; for schedulers, and for other rates.
+        optimizers: as given.
+        random: what the steps draw from, on the CPU.
         steps: number of steps made.
         phase: one of :attr:`phases`; may be changed between two steps.
+        rate_factor: on the learning rates of all optimisers; may be changed between two steps.
+        scaler: of the losses, for training in float16; None: they are taken as they are.
+        reduce_gradients: called with the parameters whose gradients are complete, before an optimiser steps: for
+            gradients that several processes share. None: nothing is done.
     """
 
     phases: ClassVar[tuple[str, ...]] = ("training",)
@@ -127,7 +132,12 @@ class TrainingSystem:
         self.networks, self.optimizers = dict(networks), dict(optimizers)
         self.steps = 0
         self.random = torch.Generator().manual_seed(seed)
+        self.scaler: torch.amp.GradScaler | None = None
+        self.reduce_gradients: Callable[[Iterable[nn.Parameter]], None] | None = None
         self._phase = self.phases[0]
+        self._rate_factor = 1.0
+        self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self._part, self._parts = 0, 1
 
     @property
     def phase(self) -> str:
@@ -140,31 +150,57 @@ class TrainingSystem:
         self._phase = name
         self._enter_phase()
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Train on one batch.
+    @property
+    def rate_factor(self) -> float:
+        """See the class."""
+        return self._rate_factor
+
+    @rate_factor.setter
+    def rate_factor(self, factor: float) -> None:
+        check_range("rate_factor", factor, minimum=0)
+        self._rate_factor = factor
+        self._set_rates()
+
+    def step(self, *batches: Batch) -> dict[str, Tensor]:
+        """Train on one batch, or on several whose gradients are averaged before any network changes.
 
         Args:
-            batch: images on the device and in the dtype of the networks.
+            batches: images on the device and in the dtype of the networks. Of several, each is taken through the
+                networks by itself, in the memory of one; a generator is then judged by the discriminators as they were
+                before the step, also where a single batch would meet them after it.
 
         Returns:
-            Losses by name, scalars without graph, as they were before the step; each without its weight, but for the
-            sums "generator" and "discriminator", which are what the optimisers of these names went down.
+            Losses by name, scalars without graph, as they were before the step, means over the batches; each without
+            its weight, but for the sums "generator" and "discriminator", which are what the optimisers of these names
+            went down.
 
         Raises:
-            ValueError, TypeError: something of the batch is missing or does not fit; the message names it. Networks
+            ValueError, TypeError: something of a batch is missing or does not fit; the message names it. Networks
                 and optimisers are then as before.
         """
+        if not batches:
+            raise ValueError("batches: expected at least one, got none")
+        holes = [self._checked_hole(batch) for batch in batches]
+        for network in self.networks.values():
+            network.train()
+        sums: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            for self._part, (batch, hole) in enumerate(zip(batches, holes, strict=True)):
+                self._parts = len(batches)
+                for name, loss in self._step(batch, hole).items():
+                    sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
+        if self.scaler is not None:
+            self.scaler.update()
+        self.steps += 1
+        return {name: loss / len(batches) for name, loss in sums.items()}
+
+    def _checked_hole(self, batch: Batch) -> Tensor:
         hole = self.model.checked_hole(batch.image, batch.mask)
         parameter = next(self.model.parameters())
         if batch.image.dtype != parameter.dtype:
             raise TypeError(f"image: expected the networks' {parameter.dtype}, got {batch.image.dtype}")
         check_same_device(image=batch.image, networks=parameter)
-        for network in self.networks.values():
-            network.train()
-        with torch.enable_grad():
-            losses = self._step(batch, hole)
-        self.steps += 1
-        return {name: loss.detach() for name, loss in losses.items()}
+        return hole
 
     def _step(self, batch: Batch, hole: Tensor) -> dict[str, Tensor]:
         """One step of all that the phase trains."""
@@ -173,18 +209,35 @@ class TrainingSystem:
     def _enter_phase(self) -> None:
         """What changes with the phase."""
 
+    def _set_rates(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate_factor * self._rates[name]
+
     def _update(self, **losses: Tensor) -> None:
         """One step of each optimiser named, down its own loss; all gradients are taken before the first one steps.
 
-        Parameters that a loss does not depend on have no gradient, and stay.
+        Parameters that a loss does not depend on have no gradient, and stay. Of several batches, the gradients of the
+        first ones are added up, and the optimisers step with the last one.
         """
+        first, last = self._part == 0, self._part == self._parts - 1
         for name, loss in losses.items():
-            optimizer = self.optimizers[name]
-            optimizer.zero_grad(set_to_none=True)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            loss.backward(inputs=parameters)
+            if first:
+                self.optimizers[name].zero_grad(set_to_none=True)
+            share = loss / self._parts
+            (share if self.scaler is None else self.scaler.scale(share)).backward(inputs=self._trained_by(name))
+        if not last:
+            return
         for name in losses:
-            self.optimizers[name].step()
+            if self.reduce_gradients is not None:
+                self.reduce_gradients(self._trained_by(name))
+            if self.scaler is None:
+                self.optimizers[name].step()
+            else:
+                self.scaler.step(self.optimizers[name])
+
+    def _trained_by(self, optimizer: str) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizers[optimizer].param_groups for parameter in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on but the settings and frozen features; tensors, numbers and strings."""
@@ -194,6 +247,7 @@ class TrainingSystem:
             "random": self.random.get_state(),
             "steps": self.steps,
             "phase": self.phase,
+            "rate_factor": self.rate_factor,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,7 +272,7 @@ class TrainingSystem:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.random.set_state(state["random"])
-        self.steps = state["steps"]
+        self.steps, self._rate_factor = state["steps"], state["rate_factor"]
 
 
 def adam(networks: Sequence[nn.Module], settings: AdamSettings, factor: float = 1.0) -> torch.optim.Adam:

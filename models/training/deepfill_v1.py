@@ -161,4 +161,5 @@ class DeepFillV1Training(TrainingSystem):
     def _penalty(self, critic: Callable[..., Tensor], real: Tensor, fake: Tensor, mask: Tensor) -> Tensor:
         position = torch.rand(len(real), 1, 1, 1, generator=self.random, dtype=torch.float64).to(real)
         weights = mask if self.settings.masked_penalty else None
-        return terms.gradient_penalty(critic, real, fake.detach(), weights, position=position)
+        with torch.autocast(real.device.type, enabled=False):  # squares of small gradients are 0 in half precision
+            return terms.gradient_penalty(critic, real, fake.detach(), weights, position=position)

@@ -77,9 +77,8 @@ class PartialConvTraining(TrainingSystem):
 
     def _enter_phase(self) -> None:
         finetuning = self.phase == "finetuning"
-        rate = self.settings.finetune_learning_rate if finetuning else self.settings.learning_rate
-        for group in self.optimizers["generator"].param_groups:
-            group["lr"] = rate
+        self._rates["generator"] = self.settings.finetune_learning_rate if finetuning else self.settings.learning_rate
+        self._set_rates()
 
     def _step(self, batch: Batch, hole: Tensor) -> dict[str, Tensor]:
         if self.phase == "finetuning":
