@@ -154,7 +154,7 @@ def race(request: pytest.FixtureRequest, finished_races: dict[Case, RaceResult])
                 [case.provider(name) for name in names],
                 case.tolerances,
                 seconds=getattr(case, "race_seconds", 30.0) if seconds is None else seconds,
-                rounds=1 if gates_only else config.getoption("--race-rounds"),
+                rounds=1 if gates_only else config.getoption("--race-rounds") or getattr(case, "rounds", None),
             )
             finished_races[case] = RaceResult(case, measurements, noise)
         return finished_races[case]

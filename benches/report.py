@@ -577,25 +577,33 @@ def photo_summary(races: Races) -> str:
         return ""
     header = (
         "model, photo, hole",
-        "whole maps",
+        "public network",
+        "ours, whole maps",
         "in strips",
         "the hole alone",
-        "extra memory of the three",
+        "extra memory of the four",
         "estimated: whole, hole",
     )
     chosen = sorted(photos.values(), key=lambda c: (_facts(c)["model"], _facts(c)["height"]))
-    note = "Initial weights; estimates are those of strips."
+    note = (
+        "Random weights; estimates are those of strips. Public networks whose tensors alone take more than 5 GiB were "
+        "not run; what these take is computed."
+    )
     return f"{_table(header, map(_photo_row, chosen))}\n\n{provenance_line(photos)} {note}"
 
 
 def _photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     facts = _facts(contenders)
-    ways = [contenders.get(name) for name in (WHOLE_MAPS, STRIPS, HOLE_ALONE)]
+    ways = [contenders.get(name) for name in (PUBLISHED, WHOLE_MAPS, STRIPS, HOLE_ALONE)]
+    memory = ["-" if way is None else _mebibytes(way.peak_mib) for way in ways]
+    least = facts.get("published_least_mib")
+    if least is not None:
+        memory[0] = f"more than {least / 1024:.0f} GiB"
     estimates = (_mebibytes(facts["estimated_mib"].get(part)) for part in ("whole", "hole"))
     return (
         f"`{facts['model']}`, {facts['height']}x{facts['width']}, {facts['hole']}x{facts['hole']}",
         *("-" if way is None else _seconds(way.wall) for way in ways),
-        ", ".join("-" if way is None else _mebibytes(way.peak_mib) for way in ways),
+        ", ".join(memory),
         ", ".join(estimates),
     )
 

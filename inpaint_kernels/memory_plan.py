@@ -73,7 +73,7 @@ def estimate_memory(
     boxes = [hole] if isinstance(hole, Box) else hole
     parameter = next(model.parameters())
     autocast = nullcontext() if dtype in (None, parameter.dtype) else torch.autocast(parameter.device.type, dtype)
-    memory = _LiveMemory()
+    memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), autocast, working_memory(working_bytes):
         image = torch.empty(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
         mask = torch.empty(1, 1, height, width, dtype=torch.bool, device=parameter.device)
@@ -82,7 +82,7 @@ def estimate_memory(
     return memory.peak + _bytes_of_kept_weights(model) + _BYTES_OF_KERNELS
 
 
-class _LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, as long as these live.
 
     Attributes:

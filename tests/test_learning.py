@@ -1,4 +1,4 @@
-"""A narrow network in training on parts of real photos, judged on parts that it never saw."""
+"""A network in training on parts of real photos, judged on parts that it never saw."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def test_hole_psnr_and_mean_fill():
 
 
 @pytest.mark.slow
-def test_losses_fall_and_held_out_holes_are_filled_better_than_untrained():
-    """So few steps do not beat the mean of what is known, which the script reports beside them."""
-    _, _, curve = learn.learn(200)
-    assert curve.psnr["200 steps"] > curve.psnr["untrained"] + 1
-    for name in ("l1", "known_l1", "generator"):
-        values = curve.losses[name]
-        assert sum(values[-5:]) < 0.8 * sum(values[:5]), name
+def test_losses_fall_and_held_out_holes_are_filled_better_than_by_their_mean():
+    _, _, curve = learn.learn(300)
+    assert curve.psnr["300 steps"] > curve.psnr["untrained"] + 5
+    assert curve.psnr["300 steps"] > curve.psnr["mean fill"]
+    losses = curve.losses["mse"]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
