@@ -10,11 +10,9 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -22,13 +20,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
 from inpaint_kernels import catalogue, comparison, images, info, masks, panels, processes, terminal
-from inpaint_kernels.fillers import MODELS, Filler, Guide, make_fillers, read_rgb, sigma_variants
-from inpaint_kernels.filling import Outcome, Output, Read, Task, find_tasks, is_many, run
+from inpaint_kernels.fill_command import Pictures, fill_many, fill_one, load_quietly, read_photo
+from inpaint_kernels.fillers import MODELS, Guide, make_fillers, read_rgb, sigma_variants
+from inpaint_kernels.filling import Output, Task, find_tasks, is_many
 from inpaint_kernels.mask_options import (
     AlphaOption,
     BoxOption,
@@ -43,9 +41,8 @@ from inpaint_kernels.mask_options import (
     build_mask,
     mask_options,
 )
-from inpaint_kernels.models import InpaintingModel
-from inpaint_kernels.photo import METHODS, FilledPhoto
-from inpaint_kernels.pretrained import LicenceNotice, convert_checkpoint, load_pretrained
+from inpaint_kernels.photo import METHODS
+from inpaint_kernels.pretrained import LicenceNotice, convert_checkpoint
 
 app = typer.Typer(
     name="inpaint-kernels",
@@ -264,7 +261,7 @@ def fill(
     )
     names = _model_names(model)
     sigmas = _numbers("--sigma", sigma)
-    pictures = _Pictures(save_row, panel_names, save_sheet, truth)
+    pictures = Pictures(save_row, panel_names, save_sheet, truth)
     written = Output(quality, force, skip_existing, options.erased_from_photo)
     painting: dict[str, Any] = {
         "region": region,
@@ -280,7 +277,7 @@ def fill(
         painting["memory"] = memory
     with terminal.errors_as_sentences():
         pictures.check(image, mask, output, force)
-        drawing = None if guide is None else masks.mask_from_brightness(_read(guide, max_pixels).pixels)
+        drawing = None if guide is None else masks.mask_from_brightness(read_photo(guide, max_pixels).pixels)
         edges = None if edges_from is None else read_rgb(edges_from, max_pixels)
         fillers = make_fillers(
             names,
@@ -290,14 +287,14 @@ def fill(
             device=device,
             batch=batch,
             options=painting,
-            load=_load_quietly,
+            load=load_quietly,
         )
         fillers = [variant for filler in fillers for variant in sigma_variants(filler, sigmas)]
         if len(fillers) > 1 and save_sheet is None:
             raise ValueError("several models or sigmas are shown side by side: give --save-sheet FILE")
 
         def read(task: Task) -> tuple[images.Photo, masks.Mask]:
-            photo = _read(task.image, max_pixels)
+            photo = read_photo(task.image, max_pixels)
             hole = build_mask(photo, replace(options, file=task.mask), task.image.name, max_pixels)
             terminal.warn(masks.hole_warning(hole))
             return photo, hole
@@ -305,9 +302,9 @@ def fill(
         if is_many(image):
             pictures.check_single(image)
             tasks = find_tasks(image, mask, output, recursive=recursive, file_format=file_format)
-            _fill_many(tasks, fillers[0], read, replace(written, make_folders=True), as_json)
+            fill_many(tasks, fillers[0], read, replace(written, make_folders=True), as_json)
         else:
-            _fill_one(Task(image, mask, output), fillers, read, written, pictures, as_json, max_pixels)
+            fill_one(Task(image, mask, output), fillers, read, written, pictures, as_json, max_pixels)
 
 
 @app.command("mask")
@@ -348,7 +345,7 @@ def write_mask(
         if images.format_of(output) == "JPEG":
             raise ValueError(f"{output}: JPEG would blur the mask; write PNG, TIFF or WebP")
         images.check_output(output, force=force, inputs=[path for path in (image, mask) if path is not None])
-        photo = _read(image, max_pixels)
+        photo = read_photo(image, max_pixels)
         hole = build_mask(photo, options, image.name, max_pixels)
         terminal.warn(masks.hole_warning(hole))
         images.write_photo(output, images.Photo(np.where(hole, 255, 0).astype(np.uint8), "PNG"))
@@ -369,8 +366,8 @@ def compare(
     from inpaint_kernels import metrics
 
     with terminal.errors_as_sentences():
-        a, b = (_read(path, max_pixels).pixels for path in (picture, truth))
-        hole = None if mask is None else masks.mask_from_brightness(_read(mask, max_pixels).pixels)
+        a, b = (read_photo(path, max_pixels).pixels for path in (picture, truth))
+        hole = None if mask is None else masks.mask_from_brightness(read_photo(mask, max_pixels).pixels)
         found = metrics.compare(a, b, hole)
     if as_json:
         print(json.dumps({region: values._asdict() for region, values in found.items()}))
@@ -532,183 +529,7 @@ def bench(
         raise typer.Exit(1)
 
 
-# --- filling --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """What else a single photo's fill shows.
-
-    Attributes:
-        row: file of a row of panels, or None.
-        panel_names: of the row, separated by commas.
-        sheet: file of several results side by side, or None.
-        truth: file of the undamaged photo, or None.
-    """
-
-    row: Path | None
-    panel_names: str
-    sheet: Path | None
-    truth: Path | None
-
-    def check(self, image: Path, mask: Path | None, output: Path, force: bool) -> None:
-        """Raises ValueError where the files cannot be written, or a name is no panel's."""
-        panels.parse_panels(self.panel_names)
-        inputs = [path for path in (image, mask, self.truth) if path is not None]
-        taken = {output.resolve(): "the output"}
-        for kind, path in (("row", self.row), ("sheet", self.sheet)):
-            if path is not None:
-                images.check_output(path, force=force, inputs=inputs)
-                if path.resolve() in taken:
-                    raise ValueError(f"{path}: is {taken[path.resolve()]} already; the {kind} must be another file")
-                taken[path.resolve()] = f"the {kind}"
-
-    def check_single(self, image: Path) -> None:
-        """Raises ValueError if anything is asked for that only one photo has."""
-        for option, path in (("--save-row", self.row), ("--save-sheet", self.sheet), ("--truth", self.truth)):
-            if path is not None:
-                raise ValueError(f"{option}: is for one photo, and {image} stands for several")
-
-
-def _fill_one(
-    task: Task,
-    fillers: Sequence[Filler],
-    read: Read,
-    output: Output,
-    pictures: _Pictures,
-    as_json: bool,
-    max_pixels: int | None,
-) -> None:
-    first, *others = fillers
-    names = panels.parse_panels(pictures.panel_names)
-    true_pixels: NDArray[Any] | None = None
-
-    def read_and_check(task: Task) -> tuple[images.Photo, masks.Mask]:
-        nonlocal true_pixels
-        photo, hole = read(task)
-        true_pixels = None if pictures.truth is None else _read(pictures.truth, max_pixels).pixels
-        if pictures.row is not None:
-            size = (photo.height, photo.width)
-            panels.check_panels(names, method=first.name, provided=first.panels, size=size, truth=true_pixels)
-        return photo, hole
-
-    with terminal.progress_bar() as report:
-        (outcome,) = run([task], first, read_and_check, output, report)
-        if outcome.status == "failed":
-            raise ValueError(outcome.error)
-        results = [(first.name, outcome)]
-        results += [(filler.name, _filled_again(outcome, filler, output, report)) for filler in others]
-    _report_outcome(outcome, as_json)
-    if outcome.filled is None or outcome.photo is None or outcome.mask is None:
-        return
-    if pictures.row is not None:
-        row = panels.draw_row(_panel_sources(outcome.photo, outcome.mask, outcome.filled, true_pixels), names)
-        images.write_photo(pictures.row, images.Photo(row, "PNG"))
-        _say(as_json, f"panels {', '.join(names)}: {escape(str(pictures.row))}")
-    if pictures.sheet is not None:
-        sheet = panels.draw_sheet(_sheet_entries(results, outcome.photo, outcome.mask, true_pixels))
-        images.write_photo(pictures.sheet, images.Photo(sheet, "PNG"))
-        _say(as_json, f"sheet {', '.join(name for name, _ in results)}: {escape(str(pictures.sheet))}")
-    if outcome.filled.advice:
-        _say(as_json, escape(outcome.filled.advice))
-
-
-def _filled_again(outcome: Outcome, filler: Filler, output: Output, report: terminal.BarReporter) -> Outcome:
-    """The same photo by another filler; nothing is written."""
-    if outcome.photo is None or outcome.mask is None or outcome.filled is None:
-        return outcome
-    started = time.perf_counter()
-    (filled,) = filler.fill([(outcome.photo.pixels, outcome.mask)], output.opaque_hole, report)
-    return replace(outcome, filled=filled, seconds=time.perf_counter() - started)
-
-
-def _panel_sources(
-    photo: images.Photo, mask: masks.Mask, filled: FilledPhoto, truth: NDArray[Any] | None
-) -> panels.PanelSources:
-    return panels.PanelSources(
-        photo.pixels, mask, filled.pixels, filled.method, filled.offsets, truth, filled.edges, filled.hog
-    )
-
-
-def _sheet_entries(
-    results: Sequence[tuple[str, Outcome]],
-    photo: images.Photo,
-    mask: masks.Mask,
-    truth: NDArray[Any] | None,
-) -> list[tuple[str, NDArray[Any]]]:
-    """Caption and picture of the truth, or of the photo with its hole, and of each result."""
-    damaged = photo.pixels.copy()
-    damaged[mask] = 0
-    entries = [("input", damaged) if truth is None else ("truth", truth)]
-    for name, outcome in results:
-        assert outcome.filled is not None
-        lines = [name, f"{outcome.seconds:.1f} s"]
-        if truth is not None:
-            from inpaint_kernels import metrics
-
-            in_hole = metrics.compare(outcome.filled.pixels, truth, mask)["hole"]
-            psnr, ssim, l1 = metrics.as_text(in_hole)
-            lines += [f"in the hole: {psnr} dB", f"SSIM {ssim}, L1 {l1}"]
-        entries.append(("\n".join(lines), outcome.filled.pixels))
-    return entries
-
-
-def _fill_many(tasks: Sequence[Task], filler: Filler, read: Read, output: Output, as_json: bool) -> None:
-    """All photos of a folder, shared out between the processes of torchrun; failures are listed at the end."""
-    counts = Counter[str]()
-    failed: list[str] = []
-    with processes.group() as group:
-        share = group.share(tasks)
-        with terminal.files_bar(len(share)) as advance:
-            for outcome in run(share, filler, read, output):
-                counts[outcome.status] += 1
-                if outcome.status == "failed":
-                    failed.append(f"{outcome.task.image}: {outcome.error.removeprefix(f'{outcome.task.image}: ')}")
-                _report_outcome(outcome, as_json)
-                advance()
-        everywhere = group.gathered((dict(counts), failed))
-    if everywhere is not None:  # else another process says it
-        counts = sum((Counter(count) for count, _ in everywhere), Counter[str]())
-        failed = [text for _, texts in everywhere for text in texts]
-        kinds = ("filled", "unchanged", "skipped", "failed")
-        _say(as_json, ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]))
-        for text in failed:
-            terminal.err.print(f"[red]failed:[/red] {escape(text)}")
-    if failed:
-        raise typer.Exit(1)
-
-
-def _report_outcome(outcome: Outcome, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_as_json(outcome)), flush=True)
-        return
-    target = escape(str(outcome.task.output))
-    if outcome.status == "unchanged":
-        terminal.out.print(f"no hole: {target} is the input, unchanged")
-    elif outcome.filled is not None and outcome.mask is not None and outcome.photo is not None:
-        size = f"{outcome.photo.width} x {outcome.photo.height}"
-        terminal.out.print(
-            f"filled {masks.describe_hole(outcome.mask)} of {size} by {outcome.filled.method} "
-            f"in {outcome.seconds:.1f} s: {target}"
-        )
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    task = outcome.task
-    record: dict[str, Any] = {"image": str(task.image), "output": str(task.output), "status": outcome.status}
-    if outcome.error:
-        record["error"] = outcome.error
-    if outcome.photo is not None and outcome.mask is not None:
-        hole = {"pixels": int(outcome.mask.sum()), "share": float(outcome.mask.mean())}
-        record |= {"width": outcome.photo.width, "height": outcome.photo.height, "hole": hole}
-    if outcome.filled is not None:
-        record |= {"method": outcome.filled.method, "seconds": round(outcome.seconds, 3)}
-    return record
-
-
-def _say(as_json: bool, text: str) -> None:
-    """To standard output, or beside the JSON that stands there."""
-    (terminal.err if as_json else terminal.out).print(text)
+# --- helpers -------------------------------------------------------------------------------------------------------
 
 
 def _model_names(text: str | None) -> list[str]:
@@ -726,19 +547,6 @@ def _numbers(option: str, text: str | None) -> list[float]:
         raise typer.BadParameter(f"{option}: expected numbers such as 0.5,1,2, got {text!r}") from error
 
 
-def _load_quietly(path: Path) -> InpaintingModel:
-    """A model; what is to be said of its licence without a line of code beside it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = load_pretrained(path)
-    for warning in caught:
-        terminal.err.print(f"note: {escape(str(warning.message))}")
-    return model
-
-
-# --- helpers -------------------------------------------------------------------------------------------------------
-
-
 def _run_suite(op: str) -> int:
     """Run ``benches/bench_<op>.py`` of the checkout that this package was imported from; pytest's exit code."""
     path = Path(__file__).resolve().parent.parent / "benches" / f"bench_{op}.py"
@@ -748,10 +556,3 @@ def _run_suite(op: str) -> int:
             f"the quick comparison is here: inpaint-kernels bench {op}"
         )
     return subprocess.run([sys.executable, "-m", "pytest", str(path)], cwd=path.parent.parent, check=False).returncode
-
-
-def _read(path: Path, max_pixels: int | None) -> images.Photo:
-    photo = images.read_photo(path, max_pixels=max_pixels)
-    for note in photo.notes:
-        terminal.err.print(f"note: {escape(note)}")
-    return photo

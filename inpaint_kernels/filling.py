@@ -16,6 +16,7 @@ from typing import NamedTuple
 from inpaint_kernels import images, masks
 from inpaint_kernels.fillers import Filler
 from inpaint_kernels.photo import FilledPhoto, Progress
+from inpaint_kernels.terminal import sentence
 
 SUFFIXES = {"png": ".png", "tiff": ".tif", "webp": ".webp", "jpeg": ".jpg"}
 """File formats of a folder's outputs."""
@@ -251,8 +252,3 @@ def _write_unchanged(task: Task, photo: images.Photo, output: Output) -> None:
         images.copy_file(task.image, task.output)
     else:
         images.write_photo(task.output, photo, quality=output.quality)
-
-
-def sentence(error: BaseException) -> str:
-    """What is said of an error."""
-    return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)

@@ -81,16 +81,21 @@ def errors_as_sentences() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        fail(str(error) or "not enough memory")
+        fail(sentence(error))
 
 
-def warn(sentence: str | None) -> None:
+def warn(text: str | None) -> None:
     """Say it on standard error, if there is something to say."""
-    if sentence:
-        err.print(f"[yellow]warning:[/yellow] {escape(sentence)}")
+    if text:
+        err.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
 
-def fail(sentence: str) -> NoReturn:
+def fail(text: str) -> NoReturn:
     """Say why the work cannot be done, and end with exit code 1."""
-    err.print(f"[red]error:[/red] {escape(sentence)}")
+    err.print(f"[red]error:[/red] {escape(text)}")
     raise typer.Exit(1)
+
+
+def sentence(error: BaseException) -> str:
+    """What is said of an error."""
+    return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)

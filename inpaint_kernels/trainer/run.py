@@ -95,6 +95,8 @@ class _Run:
         newest = files.newest_checkpoint(folder)
         _check_folder(config, folder, newest, resume)
         self.device = device_of(config.device, processes.rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # that of the collective operations on objects
         assert config.photos is not None  # train has seen to it
         self.photos = PhotoFolder(
             config.photos, config.image_size, shortest=config.shortest, flip=config.flip, seed=config.seed
