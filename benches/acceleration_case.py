@@ -9,23 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benches.harness import Outputs, Provider
+from benches.harness import Outputs
 from benches.peer_models import PEER_MODELS, Inputs, PeerModel, tensors_in
+from benches.published_race import OURS, PUBLISHED_LAST, PublishedRace
 from inpaint_kernels import accelerate
-
-PUBLISHED, PUBLISHED_LAST, OURS = "published", "published channels_last", "ours"
-
-# With random weights many attention scores are equal to rounding, and which key wins changes a patch: of DeepFill v2 at
-# 512 x 512 the published network in its two layouts differs by 0.7 % of the norm, by 37 % in the worst pixel. So means
-# of POOL x POOL pixels are the gate; tests/test_acceleration_peers.py compares all pixels and gradients in float64.
-POOL, TOLERANCE = 16, 5e-2
 
 
 @dataclass(frozen=True)
-class AccelerationCase:
+class AccelerationCase(PublishedRace):
     """One race: a generator on square images, inference or a training step.
 
     Attributes:
@@ -51,24 +44,8 @@ class AccelerationCase:
     def slow(self) -> bool:
         return self.size > 256
 
-    @property
-    def race_seconds(self) -> float:
-        return 45.0
-
-    @property
-    def baseline(self) -> str | None:
-        return PUBLISHED
-
-    @property
-    def tolerances(self) -> tuple[float, ...]:
-        return (TOLERANCE,)
-
-    @property
-    def provider_names(self) -> tuple[str, ...]:
-        return (PUBLISHED, PUBLISHED_LAST, OURS)
-
-    def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
+    def runner(self, name: str) -> Callable[[], Outputs]:
+        return _runner(self, name)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -119,14 +96,3 @@ def _training_step(peer: PeerModel, model: nn.Module, inputs: Inputs) -> Outputs
 
 def _last_image(outputs: Any) -> Tensor:
     return [output for output in tensors_in(outputs) if output.is_floating_point() and output.shape[1] in (1, 3)][-1]
-
-
-@functools.lru_cache(maxsize=1)
-def _expected(case: AccelerationCase) -> Outputs:
-    """The published network's own results, as a gate for the others; its own race passes with an error of 0."""
-    return means(_runner(case, PUBLISHED)())
-
-
-def means(outputs: Outputs) -> Outputs:
-    """What is compared of pictures."""
-    return tuple(F.avg_pool2d(output, POOL) for output in outputs)

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
 
 from benches import report
+from benches.race_results import OURS, Races, load, seconds
 from inpaint_kernels import hog
 
 CASE = "512x512-rgb-uint8"
@@ -28,7 +29,7 @@ BARS = (
     (report.EAGER, "PyTorch, eager"),
     (report.COMPILED, "torch.compile"),
     (report.OPENCV, "OpenCV 4, equal geometry"),
-    (report.OURS, "ours"),
+    (OURS, "ours"),
 )
 INK, MUTED, ACCENT, BACKGROUND = "#1f2933", "#9aa5b1", "#0b7285", "#ffffff"
 WIDTH, HEIGHT, DPI = 12.0, 3.9, 100
@@ -43,7 +44,7 @@ def load_photo() -> Any:
     return data.astronaut()
 
 
-def draw(races: report.Races, path: Path) -> None:
+def draw(races: Races, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -64,20 +65,23 @@ def draw(races: report.Races, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_bars(axes: Any, races: report.Races) -> None:
+def draw_bars(axes: Any, races: Races) -> None:
     """A bar for every provider that was timed, the slowest on top."""
     contenders = races[f"{report.HOG}, {CASE}"]
     pictured = races[f"{report.HOG}, {PICTURED}"]
     timed = [(name, contenders[provider]) for provider, name in BARS if provider in contenders]
-    timed += [("scikit-image, with picture", pictured[report.SKIMAGE]), ("ours, with picture", pictured[report.OURS])]
+    timed += [
+        ("scikit-image, with picture", pictured[report.SKIMAGE]),
+        ("ours, with picture", pictured[OURS]),
+    ]
     timed.sort(key=lambda bar: bar[1].wall)
     for place, (_, contender) in enumerate(timed):
-        is_ours = contender.name == report.OURS
+        is_ours = contender.name == OURS
         axes.barh(place, contender.wall * 1e3, color=ACCENT if is_ours else MUTED, height=0.62)
         axes.text(
             contender.wall * 1e3 * 1.12,
             place,
-            report._seconds(contender.wall),
+            seconds(contender.wall),
             va="center",
             weight="bold" if is_ours else "normal",
             color=ACCENT if is_ours else INK,
@@ -85,7 +89,7 @@ def draw_bars(axes: Any, races: report.Races) -> None:
     axes.set_yticks(range(len(timed)), [name for name, _ in timed])
     longest = max(contender.wall for _, contender in timed) * 1e3
     axes.set(xscale="log", xlim=(0.03, 6 * longest))
-    ratios = [races_of[report.SKIMAGE].times_slower_than(races_of[report.OURS]) for races_of in (contenders, pictured)]
+    ratios = [races_of[report.SKIMAGE].times_slower_than(races_of[OURS]) for races_of in (contenders, pictured)]
     axes.set_title("{:.0f}x scikit-image's speed, {:.0f}x with picture".format(*ratios), fontsize=10, loc="right")
     axes.set_xticks([])
     axes.minorticks_off()
@@ -99,7 +103,7 @@ def draw_bars(axes: Any, races: report.Races) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path, help="PNG file to write")
-    draw(report.load(sorted(report.RESULTS.glob("hog*.json"))), parser.parse_args().picture)
+    draw(load(sorted(report.RESULTS.glob("hog*.json"))), parser.parse_args().picture)
 
 
 if __name__ == "__main__":

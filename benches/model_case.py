@@ -12,16 +12,16 @@ import torch
 from inpaint_kernels.models._interface import Box
 from torch import Tensor
 
-from benches.acceleration_case import OURS, PUBLISHED, PUBLISHED_LAST, TOLERANCE, means
-from benches.harness import Outputs, Provider
+from benches.harness import Outputs
 from benches.peer_models import unit_image
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.published_race import OURS, PUBLISHED_LAST, PublishedRace
 
 HOLE = "ours, hole only"
 
 
 @dataclass(frozen=True)
-class ModelCase:
+class ModelCase(PublishedRace):
     """One race: a batch of photos with a hole of the same box in each.
 
     Attributes:
@@ -52,24 +52,12 @@ class ModelCase:
         return self.height * self.width * self.batch > 256 * 256
 
     @property
-    def race_seconds(self) -> float:
-        return 45.0
-
-    @property
-    def baseline(self) -> str | None:
-        return PUBLISHED
-
-    @property
-    def tolerances(self) -> tuple[float, ...]:
-        return (TOLERANCE,)
-
-    @property
     def provider_names(self) -> tuple[str, ...]:
         partial = self.pair.build().eval().needed_regions(_box(self), self.height, self.width) is not None
-        return (PUBLISHED, PUBLISHED_LAST, OURS, *((HOLE,) if partial else ()))
+        return (*super().provider_names, *((HOLE,) if partial else ()))
 
-    def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
+    def runner(self, name: str) -> Callable[[], Outputs]:
+        return _runner(self, name)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -120,9 +108,3 @@ def _fill(pair: PublishedModel, model: Any, image: Tensor, mask: Tensor, region:
 def _fill_published(pair: PublishedModel, network: Any, image: Tensor, mask: Tensor) -> Outputs:
     *_, output = pair.run_published(network, image, mask)
     return (torch.where(mask > 0, output.clamp(0, 1), image),)
-
-
-@functools.lru_cache(maxsize=1)
-def _expected(case: ModelCase) -> Outputs:
-    """The published network's own result, as a gate for the others; its own race passes with an error of 0."""
-    return means(_runner(case, PUBLISHED)())

@@ -14,10 +14,10 @@ from inpaint_kernels.models._regions import working_memory
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from benches.acceleration_case import PUBLISHED, means
 from benches.harness import Outputs, Provider
 from benches.peer_models import available_models, unit_image
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.published_race import PUBLISHED, means
 from inpaint_kernels.memory_plan import LiveMemory, estimate_memory
 
 WHOLE, STRIPS, HOLE = "whole maps", "strips of 128 MiB", "the hole alone"

@@ -16,32 +16,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+
+from benches import model_report
+from benches.race_results import (
+    LAYOUT,
+    NAIVE,
+    OURS,
+    PORTABLE,
+    Contender,
+    Entry,
+    Races,
+    facts_of,
+    load,
+    mebibytes,
+    provenance_line,
+    seconds,
+    table,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
-ACCELERATE_BEGIN, ACCELERATE_END = "<!-- accelerate: begin -->", "<!-- accelerate: end -->"
-MODELS_BEGIN, MODELS_END = "<!-- models: begin -->", "<!-- models: end -->"
-PHOTOS_BEGIN, PHOTOS_END = "<!-- photos: begin -->", "<!-- photos: end -->"
 NOT_YET = "not yet"
-OURS, NAIVE, LAYOUT = "ours", "naive", " channels_last"
 EAGER, COMPILED = "eager", "torch.compile"
-PORTABLE = "portable"
-OWN = (OURS, PORTABLE, NAIVE, "naive compiled")
-YARDSTICK = "GEMMs alone"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
-ACCELERATE, PUBLISHED = "accelerate", "published"
-MODELS, HOLE_ONLY = "models", "ours, hole only"
-PHOTO, WHOLE_MAPS, STRIPS, HOLE_ALONE = "photo", "whole maps", "strips of 128 MiB", "the hole alone"
 HOG, SKIMAGE, OPENCV, COPY = "hog", "scikit-image", "OpenCV 4", "copy of the bytes"
 # Bytes and dense operations per second that the vendor states for an H200: what a floor is made of before one was
 # measured. A tf32 or bf16 product runs on the matrix units.
@@ -49,79 +56,6 @@ H200_DATASHEET: dict[str, Any] = {
     "copy_bytes_per_second": 4.8e12,
     "flops_per_second": {"float32": 67e12, "tf32": 494e12, "bfloat16": 989e12},
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One provider in one race."""
-
-    provider: str
-    wall: Sequence[float]
-    cpu: Sequence[float]
-    peak_mib: float | None
-    facts: dict[str, Any]
-
-    @property
-    def wall_median(self) -> float:
-        return statistics.median(self.wall)
-
-    @property
-    def cpu_median(self) -> float:
-        return statistics.median(self.cpu)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A provider as it is shown: its entries in one race, one per memory layout."""
-
-    name: str
-    entries: Sequence[Entry]
-
-    @property
-    def wall(self) -> float:
-        return min(entry.wall_median for entry in self.entries)
-
-    @property
-    def cpu(self) -> float:
-        return min(entry.cpu_median for entry in self.entries)
-
-    @property
-    def peak_mib(self) -> float | None:
-        peaks = [entry.peak_mib for entry in self.entries if entry.peak_mib is not None]
-        return min(peaks) if peaks else None
-
-    @property
-    def is_port(self) -> bool:
-        return self.name not in OWN and not self.name.startswith(YARDSTICK)
-
-    def times_slower_than(self, other: Contender) -> float:
-        """Median over the rounds; the better layout of each."""
-        quicker = min(other.entries, key=lambda entry: entry.wall_median)
-        return min(
-            statistics.median(mine / theirs for mine, theirs in zip(entry.wall, quicker.wall, strict=True))
-            for entry in self.entries
-        )
-
-
-Races = dict[str, dict[str, Contender]]
-
-
-def load(paths: Iterable[Path]) -> Races:
-    """Contenders by race ("op, case") and name, from pytest-benchmark's JSON files."""
-    races: Races = {}
-    documents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    races_only = [document for document in documents if "benchmarks" in document]
-    for document in sorted(races_only, key=lambda document: document["datetime"]):
-        entries: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
-        for benchmark in document["benchmarks"]:
-            info = benchmark["extra_info"]
-            if info.get("figure") == "seconds":
-                wall, cpu = benchmark["stats"]["data"], info["cpu_seconds"]
-                entry = Entry(info["provider"], wall, cpu, info["peak_extra_mib"], info)
-                entries[f"{info['op']}, {info['case']}"][entry.provider.removesuffix(LAYOUT)].append(entry)
-        for case, providers in entries.items():
-            races[case] = {name: Contender(name, layouts) for name, layouts in providers.items()}
-    return races
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -135,14 +69,14 @@ def full_tables(races: Races) -> str:
     for case, contenders in races.items():
         if _is_layer(contenders):
             continue
-        facts = _facts(contenders)
+        facts = facts_of(contenders)
         ours = contenders.get(OURS)
         rows = [
             (
                 contender.name,
-                _seconds(contender.wall),
-                _seconds(contender.cpu),
-                _mebibytes(contender.peak_mib),
+                seconds(contender.wall),
+                seconds(contender.cpu),
+                mebibytes(contender.peak_mib),
                 _largest_error(contender),
                 "" if ours is None or contender is ours else f"{contender.times_slower_than(ours):.2f}x",
             )
@@ -154,7 +88,7 @@ def full_tables(races: Races) -> str:
             "",
             f"{_size(facts)}{noise}.",
             "",
-            _table(("provider", "wall", "CPU", "extra memory", "error", "time / ours"), rows),
+            table(("provider", "wall", "CPU", "extra memory", "error", "time / ours"), rows),
             "",
         ]
     return "\n".join([*parts, provenance_line(races)])
@@ -163,7 +97,7 @@ def full_tables(races: Races) -> str:
 def _size(facts: dict[str, Any]) -> str:
     if facts["op"] == HOG:
         return f"{facts['batch']} x {facts['size']} x {facts['size']} pixels, {facts['channels']} channels"
-    if facts["op"] == ACCELERATE:
+    if facts["op"] == model_report.ACCELERATE:
         return f"{facts['size']} x {facts['size']} pixels"
     return f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels"
 
@@ -172,7 +106,9 @@ def summary(races: Races) -> str:
     """The tables for the README: attention, and the convolutions of whole networks."""
     layers = {case: contenders for case, contenders in races.items() if _is_layer(contenders)}
     attention = {
-        case: contenders for case, contenders in races.items() if _facts(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
+        case: contenders
+        for case, contenders in races.items()
+        if facts_of(contenders)["op"] in (SUMMARY_OP, COHERENT_OP)
     }
     parts = [_attention_summary(attention)] if attention or not layers else []
     return "\n\n".join([*parts, _network_summary(layers)] if layers else parts)
@@ -180,12 +116,12 @@ def summary(races: Races) -> str:
 
 def _attention_summary(races: Races) -> str:
     """The larger cases, and the comparison that comes out worst for us."""
-    chosen = [contenders for contenders in races.values() if OURS in contenders and _is_shown(_facts(contenders))]
+    chosen = [contenders for contenders in races.values() if OURS in contenders and _is_shown(facts_of(contenders))]
     chosen.sort(
         key=lambda contenders: (
-            _facts(contenders)["op"] == COHERENT_OP,
-            _facts(contenders)["keys"],
-            _facts(contenders)["direction"],
+            facts_of(contenders)["op"] == COHERENT_OP,
+            facts_of(contenders)["keys"],
+            facts_of(contenders)["direction"],
         )
     )
     header = (
@@ -197,7 +133,7 @@ def _attention_summary(races: Races) -> str:
         "extra memory of the three",
     )
     rows = [*(_summary_row(contenders) for contenders in chosen), _worst_row(races)]
-    return "\n".join([_table(header, rows), "", provenance_line(races)])
+    return "\n".join([table(header, rows), "", provenance_line(races)])
 
 
 def _is_shown(facts: dict[str, Any]) -> bool:
@@ -210,12 +146,12 @@ def _summary_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     ours, naive, port = contenders[OURS], contenders.get(NAIVE), _best_port(contenders)
     rivals = [rival for rival in (naive, port) if rival is not None]
     speed_ups = [f"{rival.times_slower_than(ours):.1f}x" for rival in rivals]
-    memory = " / ".join(_mebibytes(contender.peak_mib) for contender in (*rivals, ours))
+    memory = " / ".join(mebibytes(contender.peak_mib) for contender in (*rivals, ours))
     return (
-        _title(_facts(contenders)),
-        "not run" if naive is None else _seconds(naive.wall),
-        "not run" if port is None else _seconds(port.wall),
-        f"**{_seconds(ours.wall)}**",
+        _title(facts_of(contenders)),
+        "not run" if naive is None else seconds(naive.wall),
+        "not run" if port is None else seconds(port.wall),
+        f"**{seconds(ours.wall)}**",
         " / ".join(speed_ups) or "-",
         memory,
     )
@@ -234,10 +170,10 @@ def _worst_row(races: Races) -> tuple[str, ...]:
         raise ValueError("results: expected a race of ours against something")
     ratio, rival, contenders = min(comparisons, key=lambda comparison: comparison[0])
     ours = contenders[OURS]
-    memory = f"{_mebibytes(rival.peak_mib)} / {_mebibytes(ours.peak_mib)}"
+    memory = f"{mebibytes(rival.peak_mib)} / {mebibytes(ours.peak_mib)}"
     verdict = "where we lose" if ratio < 1 else "where we gain least"
-    what = f"{verdict}: {_title(_facts(contenders))} against {rival.name} ({_seconds(rival.wall)})"
-    return (what, "", "", f"**{_seconds(ours.wall)}**", f"{ratio:.2g}x", memory)
+    what = f"{verdict}: {_title(facts_of(contenders))} against {rival.name} ({seconds(rival.wall)})"
+    return (what, "", "", f"**{seconds(ours.wall)}**", f"{ratio:.2g}x", memory)
 
 
 def _best_port(contenders: dict[str, Contender]) -> Contender | None:
@@ -252,39 +188,9 @@ def _title(facts: dict[str, Any]) -> str:
     return f"{side}x{side} image, {facts['keys']:,} keys{restricted}, {facts['direction']}"
 
 
-def provenance_line(races: Races) -> str:
-    """What machine, software and commit the figures come from."""
-    sources = [_facts(contenders)["provenance"] for contenders in races.values()]
-    lines = {
-        f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}, {s['date'].split()[0]}"
-        for s in sources
-    }
-    precisions = " and ".join(sorted({_facts(contenders).get("precision", "float32") for contenders in races.values()}))
-    return "Measured on " + "; ".join(sorted(lines)) + f". Median wall times of interleaved rounds, {precisions}."
-
-
-def _facts(contenders: dict[str, Contender]) -> dict[str, Any]:
-    return next(iter(contenders.values())).entries[0].facts
-
-
 def _largest_error(contender: Contender) -> str:
     errors = [entry.facts["largest_relative_error"] for entry in contender.entries]
     return "-" if None in errors else f"{max(errors):.0e}"
-
-
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} us"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def _mebibytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1024:.2f} GiB" if value >= 1024 else f"{value:.0f} MiB"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def update_between_markers(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
@@ -306,7 +212,7 @@ def networks(races: Races) -> list[Layers]:
     found: dict[tuple[str, int, str], list[dict[str, Contender]]] = defaultdict(list)
     for contenders in races.values():
         if _is_layer(contenders):
-            facts = _facts(contenders)
+            facts = facts_of(contenders)
             found[facts["network"], facts["size"], facts["precision"]].append(contenders)
     return [layers for _, layers in sorted(found.items(), key=lambda item: item[0][:2])]
 
@@ -332,12 +238,12 @@ def _entry(contenders: dict[str, Contender], provider: str) -> Entry | None:
 
 
 def _is_layer(contenders: dict[str, Contender]) -> bool:
-    return "network" in _facts(contenders)
+    return "network" in facts_of(contenders)
 
 
 def _network_title(layers: Layers) -> str:
-    facts = _facts(layers[0])
-    present, number = sum(_facts(contenders)["count"] for contenders in layers), facts["convolutions"]
+    facts = facts_of(layers[0])
+    present, number = sum(facts_of(contenders)["count"] for contenders in layers), facts["convolutions"]
     convolutions = f"{number} convolutions" if present == number else f"{present} of {number} convolutions"
     return f"{facts['network']}, {convolutions}, {facts['size']}x{facts['size']}, {facts['precision']}"
 
@@ -358,7 +264,7 @@ def _network_summary(races: Races) -> str:
         "Each distinct layer raced alone, times how often the network has it; all layers in NCHW or all in "
         "channels_last, whichever is the quicker of the two for each column."
     )
-    return "\n".join([_table(header, rows), "", f"{provenance_line(races)} {note}"])
+    return "\n".join([table(header, rows), "", f"{provenance_line(races)} {note}"])
 
 
 def _network_row(layers: Layers) -> tuple[str, ...]:
@@ -366,17 +272,17 @@ def _network_row(layers: Layers) -> tuple[str, ...]:
     rivals = [network_seconds(layers, name) for name in (EAGER, COMPILED)]
     return (
         _network_title(layers),
-        *("-" if rival is None else _seconds(rival) for rival in rivals),
-        "-" if ours is None else f"**{_seconds(ours)}**",
+        *("-" if rival is None else seconds(rival) for rival in rivals),
+        "-" if ours is None else f"**{seconds(ours)}**",
         " / ".join(_ratio(rival, ours) for rival in rivals),
         _worst_layer(layers),
-        " / ".join(_mebibytes(_most_memory(layers, name)) for name in (EAGER, COMPILED, OURS)),
+        " / ".join(mebibytes(_most_memory(layers, name)) for name in (EAGER, COMPILED, OURS)),
     )
 
 
 def _worst_layer(layers: Layers) -> str:
     ratios = [
-        (contenders[COMPILED].times_slower_than(contenders[OURS]), _facts(contenders)["layer"])
+        (contenders[COMPILED].times_slower_than(contenders[OURS]), facts_of(contenders)["layer"])
         for contenders in layers
         if COMPILED in contenders and OURS in contenders
     ]
@@ -404,21 +310,21 @@ def _layer_table(layers: Layers, ceilings: dict[str, Any] | None = None) -> str:
         *(() if ceilings is None else ("ours / floor",)),
     )
     rows = [_layer_row(contenders, providers, ceilings) for contenders in layers]
-    return _table(header, [*rows, _layer_sum(layers, providers, ceilings)])
+    return table(header, [*rows, _layer_sum(layers, providers, ceilings)])
 
 
 def _layer_row(
     contenders: dict[str, Contender], providers: Sequence[str], ceilings: dict[str, Any] | None
 ) -> tuple[str, ...]:
-    facts, ours = _facts(contenders), contenders.get(OURS)
+    facts, ours = facts_of(contenders), contenders.get(OURS)
     entries = [_entry(contenders, provider) for provider in providers]
     rivals = [contenders.get(name) for name in (EAGER, COMPILED)]
     return (
         facts["layer"],
         str(facts["count"]),
-        *("-" if entry is None else _seconds(entry.wall_median) for entry in entries),
+        *("-" if entry is None else seconds(entry.wall_median) for entry in entries),
         *("-" if ours is None or rival is None else f"{rival.times_slower_than(ours):.2f}x" for rival in rivals),
-        " / ".join("-" if contender is None else _mebibytes(contender.peak_mib) for contender in (*rivals, ours)),
+        " / ".join("-" if contender is None else mebibytes(contender.peak_mib) for contender in (*rivals, ours)),
         "-" if ours is None else _largest_error(ours),
         "" if facts["noise"] is None else f"{facts['noise']:.0%}",
         *(() if ceilings is None else (_ratio(None if ours is None else ours.wall, floor(facts, ceilings)),)),
@@ -428,20 +334,20 @@ def _layer_row(
 def _layer_sum(layers: Layers, providers: Sequence[str], ceilings: dict[str, Any] | None) -> tuple[str, ...]:
     sums = [_seconds_in_layout(layers, provider) for provider in providers]
     ours, *rivals = (network_seconds(layers, name) for name in (OURS, EAGER, COMPILED))
-    facts = [_facts(contenders) for contenders in layers]
+    facts = [facts_of(contenders) for contenders in layers]
     least = None if ceilings is None else sum(of_layer["count"] * floor(of_layer, ceilings) for of_layer in facts)
     return (
         "all",
         str(sum(of_layer["count"] for of_layer in facts)),
-        *("-" if seconds is None else _seconds(seconds) for seconds in sums),
+        *("-" if total is None else seconds(total) for total in sums),
         *(_ratio(rival, ours) for rival in rivals),
         *("", "", ""),
         *(() if least is None else (_ratio(ours, least),)),
     )
 
 
-def _ratio(seconds: float | None, other: float | None) -> str:
-    return "-" if seconds is None or other is None else f"{seconds / other:.2f}x"
+def _ratio(time: float | None, other: float | None) -> str:
+    return "-" if time is None or other is None else f"{time / other:.2f}x"
 
 
 # Histograms of oriented gradients ------------------------------------------------------------------------------------
@@ -449,7 +355,7 @@ def _ratio(seconds: float | None, other: float | None) -> str:
 
 def hog_summary(races: Races) -> str:
     """The README's table of hog: a row per case, quickest cases first; empty without a race."""
-    hogs = {case: contenders for case, contenders in races.items() if _facts(contenders)["op"] == HOG}
+    hogs = {case: contenders for case, contenders in races.items() if facts_of(contenders)["op"] == HOG}
     if not hogs:
         return ""
     header = (
@@ -464,13 +370,13 @@ def hog_summary(races: Races) -> str:
         "copy of the bytes",
     )
     chosen = sorted(hogs.values(), key=lambda contenders: contenders[OURS].wall)
-    versions = sorted({_facts(contenders)["opencv"] for contenders in chosen} - {None})
+    versions = sorted({facts_of(contenders)["opencv"] for contenders in chosen} - {None})
     opencv = f"{OPENCV} is {' and '.join(versions)}" if versions else f"{OPENCV} was not installed"
     note = (
         f"9 orientations, cells of 8x8 pixels, blocks of 3x3. {opencv}: its HOGDescriptor computes other numbers, and "
         "has no picture of them. A copy of the bytes reads and writes as much as the images and their features have."
     )
-    return f"{_table(header, map(_hog_row, chosen))}\n\n{provenance_line(hogs)} {note}"
+    return f"{table(header, map(_hog_row, chosen))}\n\n{provenance_line(hogs)} {note}"
 
 
 def _hog_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
@@ -479,133 +385,16 @@ def _hog_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     ratios = (contenders.get(name) for name in (SKIMAGE, COMPILED, OPENCV))
     copy = contenders.get(COPY)
     return (
-        _hog_title(_facts(contenders)),
-        *("-" if rival is None else _seconds(rival.wall) for rival in rivals),
-        f"**{_seconds(ours.wall)}**",
+        _hog_title(facts_of(contenders)),
+        *("-" if rival is None else seconds(rival.wall) for rival in rivals),
+        f"**{seconds(ours.wall)}**",
         " / ".join("-" if rival is None else f"{rival.times_slower_than(ours):.3g}x" for rival in ratios),
-        "-" if copy is None else _seconds(copy.wall),
+        "-" if copy is None else seconds(copy.wall),
     )
 
 
 def _hog_title(facts: dict[str, Any]) -> str:
     return facts["case"].replace("-", " ")
-
-
-# Whole models --------------------------------------------------------------------------------------------------------
-
-
-def acceleration_summary(races: Races) -> str:
-    """The README's table of whole public models before and after ``accelerate``; empty without a race."""
-    models = {case: c for case, c in races.items() if _facts(c)["op"] == ACCELERATE and OURS in c}
-    if not models:
-        return ""
-    header = (
-        "generator, unmodified",
-        "as published",
-        "the same in channels_last",
-        "after the one line",
-        "speed-up over them",
-        "extra memory, before and after",
-    )
-    chosen = sorted(models.values(), key=lambda contenders: (_facts(contenders)["direction"], contenders[OURS].wall))
-    return f"{_table(header, map(_acceleration_row, chosen))}\n\n{provenance_line(models)} Batch 1, random weights."
-
-
-def _acceleration_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
-    facts, ours, published = _facts(contenders), contenders[OURS], contenders[PUBLISHED]
-    layouts = {entry.provider == PUBLISHED: entry for entry in published.entries}
-    plain, last = layouts.get(True), layouts.get(False)
-    seconds = ["-" if entry is None else _seconds(entry.wall_median) for entry in (plain, last)]
-    ratios = [_layout_ratio(entry, ours) for entry in (plain, last)]
-    memory = (plain or published.entries[0]).peak_mib
-    return (
-        f"{facts['repository']} (`{facts['model']}`), {facts['size']}x{facts['size']}, {facts['direction']}",
-        *seconds,
-        f"**{_seconds(ours.wall)}**",
-        " / ".join(ratios),
-        f"{_mebibytes(memory)}, {_mebibytes(ours.peak_mib)}",
-    )
-
-
-def _layout_ratio(entry: Entry | None, ours: Contender) -> str:
-    if entry is None:
-        return "-"
-    pairs = zip(entry.wall, ours.entries[0].wall, strict=True)
-    return f"{statistics.median(theirs / own for theirs, own in pairs):.2f}x"
-
-
-def model_summary(races: Races) -> str:
-    """The README's table of our models beside the public networks with the same weights; empty without a race."""
-    models = {case: c for case, c in races.items() if _facts(c)["op"] == MODELS and OURS in c}
-    if not models:
-        return ""
-    header = (
-        "model, photo, hole",
-        "public network",
-        "the same in channels_last",
-        "ours",
-        "speed-up over them",
-        "ours, hole only",
-        "extra memory: public, ours, hole only",
-    )
-    chosen = sorted(models.values(), key=lambda c: (_facts(c)["model"], _facts(c)["batch"], _facts(c)["height"]))
-    note = "Random weights, the hole a square in the middle."
-    return f"{_table(header, map(_model_row, chosen))}\n\n{provenance_line(models)} {note}"
-
-
-def _model_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
-    facts, ours, published = _facts(contenders), contenders[OURS], contenders[PUBLISHED]
-    layouts = {entry.provider == PUBLISHED: entry for entry in published.entries}
-    plain, last = layouts.get(True), layouts.get(False)
-    hole = contenders.get(HOLE_ONLY)
-    batch = f"{facts['batch']} x " if facts["batch"] > 1 else ""
-    memory = [(plain or published.entries[0]).peak_mib, ours.peak_mib, *([hole.peak_mib] if hole else [])]
-    return (
-        f"`{facts['model']}`, {batch}{facts['height']}x{facts['width']}, {facts['hole']}x{facts['hole']}",
-        *("-" if entry is None else _seconds(entry.wall_median) for entry in (plain, last)),
-        f"**{_seconds(ours.wall)}**",
-        " / ".join(_layout_ratio(entry, ours) for entry in (plain, last)),
-        f"**{_seconds(hole.wall)}**" if hole else "-",
-        ", ".join(map(_mebibytes, memory)),
-    )
-
-
-def photo_summary(races: Races) -> str:
-    """The README's table of large photos: whole, in strips, and for a hole alone; empty without a race."""
-    photos = {case: c for case, c in races.items() if _facts(c)["op"] == PHOTO}
-    if not photos:
-        return ""
-    header = (
-        "model, photo, hole",
-        "public network",
-        "ours, whole maps",
-        "in strips",
-        "the hole alone",
-        "extra memory of the four",
-        "estimated: whole, hole",
-    )
-    chosen = sorted(photos.values(), key=lambda c: (_facts(c)["model"], _facts(c)["height"]))
-    note = (
-        "Random weights; estimates are those of strips. Public networks whose tensors alone take more than 5 GiB were "
-        "not run; what these take is computed."
-    )
-    return f"{_table(header, map(_photo_row, chosen))}\n\n{provenance_line(photos)} {note}"
-
-
-def _photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
-    facts = _facts(contenders)
-    ways = [contenders.get(name) for name in (PUBLISHED, WHOLE_MAPS, STRIPS, HOLE_ALONE)]
-    memory = ["-" if way is None else _mebibytes(way.peak_mib) for way in ways]
-    least = facts.get("published_least_mib")
-    if least is not None:
-        memory[0] = f"more than {least / 1024:.0f} GiB"
-    estimates = (_mebibytes(facts["estimated_mib"].get(part)) for part in ("whole", "hole"))
-    return (
-        f"`{facts['model']}`, {facts['height']}x{facts['width']}, {facts['hole']}x{facts['hole']}",
-        *("-" if way is None else _seconds(way.wall) for way in ways),
-        ", ".join(memory),
-        ", ".join(estimates),
-    )
 
 
 # GPU -----------------------------------------------------------------------------------------------------------------
@@ -633,8 +422,8 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
         raced = [races.get(f"{facts['op']}, {facts['case']}", {}) for facts in group]
         wall, measured = network_seconds(raced, OURS), (NOT_YET, "", "")
         if wall is not None:
-            measured = (f"**{_seconds(wall)}**", f"{wall / least:.1f}x", _mebibytes(_most_memory(raced, OURS)))
-        rows.append((title, _seconds(least), _seconds(predicted), *measured))
+            measured = (f"**{seconds(wall)}**", f"{wall / least:.1f}x", mebibytes(_most_memory(raced, OURS)))
+        rows.append((title, seconds(least), seconds(predicted), *measured))
     header = ("ours on a GPU", "floor", "predicted", "measured", "measured / floor", "extra memory")
     if run is None or not races:
         source = "Not measured on a GPU yet; `make gpu` does. Floors are those of an H200's datasheet"
@@ -645,7 +434,7 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
         "Predicted: what our tiles multiply over the rate plus what they move over the bandwidth, without launches, "
         "which decide the small cases."
     )
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def _gpu_group(facts: dict[str, Any]) -> str:
@@ -703,7 +492,7 @@ def _kernel_table(evidence: dict[str, Any]) -> str:
         "worst error",
         "measured on",
     )
-    return _table(header, [_kernel_row(name, entries, architectures) for name, entries in sorted(groups.items())])
+    return table(header, [_kernel_row(name, entries, architectures) for name, entries in sorted(groups.items())])
 
 
 def _kernel_row(name: str, entries: Sequence[dict[str, Any]], architectures: Sequence[str]) -> tuple[str, ...]:
@@ -737,7 +526,7 @@ def gpu_page(run: Path) -> str:
     sections = [
         f"# {record['provenance']['gpu']}",
         _gpu_provenance(run),
-        _table(("part", "result", "took", "last words"), parts),
+        table(("part", "result", "took", "last words"), parts),
         _test_lines(record["tests"]),
     ]
     ceilings = _ceilings(run)
@@ -754,7 +543,7 @@ def gpu_page(run: Path) -> str:
     rows = [row for contenders in alone for row in _gpu_rows(contenders, ceilings)]
     if rows:
         header = ("case", "provider", "time", "time / ours", "time / floor", "extra memory", "error", "noise")
-        sections.append(_table(header, rows))
+        sections.append(table(header, rows))
     failures = [failure for path in sorted(run.glob("*.json")) for failure in _failures(path)]
     sections += [f"- not timed: {failure}" for failure in failures]
     return "\n\n".join(sections) + "\n"
@@ -775,15 +564,15 @@ def _test_lines(tests: dict[str, Any]) -> str:
 
 
 def _gpu_rows(contenders: dict[str, Contender], ceilings: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    facts, ours = _facts(contenders), contenders.get(OURS)
+    facts, ours = facts_of(contenders), contenders.get(OURS)
     return [
         (
             _gpu_title(facts),
             contender.name,
-            _seconds(contender.wall),
+            seconds(contender.wall),
             "" if ours is None or contender is ours else f"{contender.times_slower_than(ours):.2f}x",
             "" if ceilings is None else f"{contender.wall / floor(facts, ceilings):.1f}x",
-            _mebibytes(contender.peak_mib),
+            mebibytes(contender.peak_mib),
             _largest_error(contender),
             "" if facts["noise"] is None else f"{facts['noise']:.0%}",
         )
@@ -805,7 +594,7 @@ def plot(races: Races, path: Path) -> None:
 
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for contenders in races.values():
-        facts = _facts(contenders)
+        facts = facts_of(contenders)
         drawn = (facts["op"], facts.get("family"), facts.get("direction")) == (SUMMARY_OP, SUMMARY_FAMILY, "forward")
         if drawn and facts["queries"] == facts["keys"]:
             for contender in contenders.values():
@@ -834,9 +623,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document = update_between_markers(options.update.read_text(encoding="utf-8"), summary(races))
         for table, begin, end in (
             (hog_summary(races), HOG_BEGIN, HOG_END),
-            (acceleration_summary(races), ACCELERATE_BEGIN, ACCELERATE_END),
-            (model_summary(races), MODELS_BEGIN, MODELS_END),
-            (photo_summary(races), PHOTOS_BEGIN, PHOTOS_END),
+            (model_report.acceleration_summary(races), model_report.ACCELERATE_BEGIN, model_report.ACCELERATE_END),
+            (model_report.model_summary(races), model_report.MODELS_BEGIN, model_report.MODELS_END),
+            (model_report.photo_summary(races), model_report.PHOTOS_BEGIN, model_report.PHOTOS_END),
+            (model_report.training_summary(races), model_report.TRAINING_BEGIN, model_report.TRAINING_END),
+            (model_report.learning_summary(RESULTS), model_report.LEARNING_BEGIN, model_report.LEARNING_END),
             (gpu_summary(), GPU_BEGIN, GPU_END),
         ):
             if begin in document:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benches.acceleration_case import OURS, PUBLISHED, PUBLISHED_LAST, TOLERANCE, means
-from benches.harness import Outputs, Provider
+from benches.harness import Outputs
 from benches.peer_models import one_hole_mask, tensors_in, unit_image
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.published_race import OURS, PUBLISHED_LAST, PublishedRace
 
 
 @dataclass(frozen=True)
-class TrainingCase:
+class TrainingCase(PublishedRace):
     """One race: forward, L1 of all pictures that the network paints, and the gradients of its parameters.
 
     Attributes:
@@ -48,20 +48,8 @@ class TrainingCase:
     def race_seconds(self) -> float:
         return 60.0
 
-    @property
-    def baseline(self) -> str | None:
-        return PUBLISHED
-
-    @property
-    def tolerances(self) -> tuple[float, ...]:
-        return (TOLERANCE,)
-
-    @property
-    def provider_names(self) -> tuple[str, ...]:
-        return (PUBLISHED, PUBLISHED_LAST, OURS)
-
-    def provider(self, name: str) -> Provider:
-        return Provider(name, run=_runner(self, name), expected=functools.partial(_expected, self), select=means)
+    def runner(self, name: str) -> Callable[[], Outputs]:
+        return _runner(self, name)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -108,9 +96,3 @@ def _paint_published(pair: PublishedModel, network: nn.Module, inputs: Any) -> S
     with pair.peer.running(torch.zeros(())):
         outputs = tensors_in(network(*inputs))
     return [pair.picture(output) for output in outputs[: 1 + pair.coarse]]
-
-
-@functools.lru_cache(maxsize=1)
-def _expected(case: TrainingCase) -> Outputs:
-    """The published network's own picture, as a gate for the others; its own race passes with an error of 0."""
-    return means(_runner(case, PUBLISHED)())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benches import bench_contextual_attention as bench
-from benches import convolution_case, gpu_convolutions, gpu_hog, harness, hog_case, peers, report
+from benches import convolution_case, gpu_convolutions, gpu_hog, harness, hog_case, peers, race_results, report
 from benches.bench_contextual_attention import AttentionCase
 from benches.convolution_case import (
     BFLOAT16,
@@ -228,7 +228,7 @@ def test_a_race_from_the_command_line_to_the_report(tmp_path: Path) -> None:
     done = subprocess.run([*command, *selection], cwd=root, capture_output=True, text=True, env=alone())
     assert done.returncode == 0, done.stdout
     assert str(root) not in output.read_text()
-    races = report.load([output])
+    races = race_results.load([output])
     assert set(races["contextual_attention, 16x16-forward-soft"]) == {"ours", "portable"}
     assert len(races["contextual_attention, 16x16-forward-soft"]["ours"].entries[0].wall) == 2
     benchmarks = json.loads(output.read_text())["benchmarks"]
@@ -319,10 +319,10 @@ def test_a_layer_from_the_command_line_to_the_report(tmp_path: Path) -> None:
         env=alone(),
     )
     assert done.returncode == 0, done.stdout
-    (layers,) = report.networks(report.load([output]))
+    (layers,) = report.networks(race_results.load([output]))
     assert set(layers[0]) == {"eager", "ours"}
     assert [entry.provider for entry in layers[0]["ours"].entries] == ["ours", "ours channels_last"]
-    assert "2 of 42 convolutions, 256x256, float32" in report.full_tables(report.load([output]))
+    assert "2 of 42 convolutions, 256x256, float32" in report.full_tables(race_results.load([output]))
 
 
 @pytest.mark.slow
@@ -474,7 +474,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_ratios_are_taken_within_rounds(results: Path) -> None:
-    races = report.load([results])
+    races = race_results.load([results])
     assert (
         races["contextual_attention, big"]["naive"].times_slower_than(races["contextual_attention, big"]["ours"]) == 4.0
     )
@@ -482,7 +482,7 @@ def test_ratios_are_taken_within_rounds(results: Path) -> None:
 
 
 def test_the_summary_has_the_row_where_we_lose(results: Path) -> None:
-    big, worst = report.summary(report.load([results])).splitlines()[2:4]
+    big, worst = report.summary(race_results.load([results])).splitlines()[2:4]
     assert big == (
         "| 512x512 image, 4,096 keys, forward | 4 s | 9 s | **1 s** | 4.0x / 9.0x | 2.00 GiB / 100 MiB / 100 MiB |"
     )
@@ -493,7 +493,7 @@ def test_the_summary_has_the_row_where_we_lose(results: Path) -> None:
 def test_a_newer_race_replaces_an_older_one(results: Path, tmp_path: Path) -> None:
     newer = tmp_path / "newer.json"
     newer.write_text(json.dumps({"datetime": "2026-02-01", "benchmarks": [stored("big", "ours", [0.1])]}))
-    races = report.load([newer, results])
+    races = race_results.load([newer, results])
     assert list(races["contextual_attention, big"]) == ["ours"]
     assert races["contextual_attention, big"]["ours"].wall == 0.1
     assert set(races["contextual_attention, small"]) == {"ours", "naive"}
@@ -569,7 +569,7 @@ def network_results(tmp_path: Path) -> Path:
 
 def test_a_network_is_summed_in_one_layout(network_results: Path) -> None:
     """Published code: 2 x 0.2 + 1 or 2 x 0.3 + 0.6; ours 2 x 0.2 + 0.2 or 2 x 0.125 + 0.25, not 2 x 0.125 + 0.2."""
-    (layers,) = report.networks(report.load([network_results]))
+    (layers,) = report.networks(race_results.load([network_results]))
     assert report.network_seconds(layers, "eager") == pytest.approx(1.2)
     assert report.network_seconds(layers, "torch.compile") == pytest.approx(0.7)
     assert report.network_seconds(layers, "ours") == pytest.approx(0.5)
@@ -578,7 +578,7 @@ def test_a_network_is_summed_in_one_layout(network_results: Path) -> None:
 
 
 def test_the_summary_of_a_network_names_its_worst_layer(network_results: Path) -> None:
-    row = report.summary(report.load([network_results])).splitlines()[2]
+    row = report.summary(race_results.load([network_results])).splitlines()[2]
     assert row == (
         "| a network, 3 convolutions, 512x512, bfloat16 | 1.2 s | 700 ms | **500 ms** | 2.40x / 1.40x | 0.80x (a) | "
         "400 MiB / 300 MiB / 100 MiB |"
@@ -586,7 +586,7 @@ def test_the_summary_of_a_network_names_its_worst_layer(network_results: Path) -
 
 
 def test_the_summary_has_both_tables(results: Path, network_results: Path) -> None:
-    text = report.summary(report.load([results, network_results]))
+    text = report.summary(race_results.load([results, network_results]))
     assert text.startswith("| contextual attention")
     assert "\n\n| convolutions of a network |" in text
     assert "interleaved rounds, float32." in text
@@ -625,15 +625,15 @@ def test_hog_has_a_table_of_its_own(results: Path, tmp_path: Path) -> None:
     ]
     path = tmp_path / "hog.json"
     path.write_text(json.dumps({"datetime": "2026-01-04", "benchmarks": race}))
-    races = report.load([path])
+    races = race_results.load([path])
     header, _, row, _, note = report.hog_summary(races).splitlines()
     assert header.startswith("| hog | scikit-image |")
     assert row == (
         "| 2000x2000 gray uint8 | 900 ms | 400 ms | 200 ms | 50 ms | - | **2 ms** | 400x / 100x / 25x | 1 ms |"
     )
     assert "OpenCV 4 is 4.1.2" in note
-    assert report.hog_summary(report.load([results])) == ""
-    assert "hog" not in report.summary(report.load([path, results]))
+    assert report.hog_summary(race_results.load([results])) == ""
+    assert "hog" not in report.summary(race_results.load([path, results]))
     assert "1 x 2000 x 2000 pixels, 1 channels; noise 2%." in report.full_tables(races)
     readme = tmp_path / "README.md"
     readme.write_text("".join(f"{line}\n" for line in (report.BEGIN, report.END, report.HOG_BEGIN, report.HOG_END)))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benches import gpu, harness, report
+from benches import gpu, harness, race_results, report
 from benches import gpu_contextual_attention as attention
 from benches.bench_contextual_attention import COMPILED, OURS, PORTABLE
 from benches.gpu_contextual_attention import BFLOAT16, FLOAT32, GEMMS, TF32, GpuAttentionCase
@@ -283,7 +283,7 @@ def test_a_bench_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
     broken = BrokenCase(16, 2, "forward", TF32, device="cpu")
     gpu.run_bench([small, broken], path, seconds=60)
     assert capsys.readouterr().out == "2 figures, 2 failures\n"
-    races = report.load([path])
+    races = race_results.load([path])
     assert set(races[f"contextual_attention, {small}"]) == {"ours", "portable"}
     document = json.loads(path.read_text())
     assert document["failures"][0] == {

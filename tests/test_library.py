@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch._subclasses import FakeTensorMode
 
-from benches import report
+from benches import model_report, race_results, report
 from benches.elf import Elf
 from inpaint_kernels import PRESETS, _native
 from tests.compare import assert_close_to_reference
@@ -76,7 +76,7 @@ def test_readme_examples_run():
 
 
 def test_readme_table_is_that_of_the_committed_results():
-    races = report.load(sorted(report.RESULTS.glob("*.json")))
+    races = race_results.load(sorted(report.RESULTS.glob("*.json")))
     table = report.summary(races) if races else ""
     between = README.split(report.BEGIN)[1].split(report.END)[0].strip()
     assert between == table, "write it with: python benches/report.py --update README.md"
@@ -86,16 +86,22 @@ def test_readme_table_is_that_of_the_committed_results():
     ("make", "begin", "end"),
     [
         (report.hog_summary, report.HOG_BEGIN, report.HOG_END),
-        (report.acceleration_summary, report.ACCELERATE_BEGIN, report.ACCELERATE_END),
-        (report.model_summary, report.MODELS_BEGIN, report.MODELS_END),
-        (report.photo_summary, report.PHOTOS_BEGIN, report.PHOTOS_END),
+        (model_report.acceleration_summary, model_report.ACCELERATE_BEGIN, model_report.ACCELERATE_END),
+        (model_report.model_summary, model_report.MODELS_BEGIN, model_report.MODELS_END),
+        (model_report.photo_summary, model_report.PHOTOS_BEGIN, model_report.PHOTOS_END),
+        (model_report.training_summary, model_report.TRAINING_BEGIN, model_report.TRAINING_END),
     ],
-    ids=["hog", "acceleration", "models", "photos"],
+    ids=["hog", "acceleration", "models", "photos", "training"],
 )
 def test_readme_tables_are_those_of_the_committed_results(make, begin, end):
-    table = make(report.load(sorted(report.RESULTS.glob("*.json"))))
+    table = make(race_results.load(sorted(report.RESULTS.glob("*.json"))))
     between = README.split(begin)[1].split(end)[0].strip()
     assert between == table, "write it with: python benches/report.py --update README.md"
+
+
+def test_readme_says_what_was_learnt():
+    between = README.split(model_report.LEARNING_BEGIN)[1].split(model_report.LEARNING_END)[0].strip()
+    assert between == model_report.learning_summary(report.RESULTS), "python benches/report.py --update README.md"
 
 
 def test_readme_gpu_tables_are_those_of_the_evidence():
