@@ -88,7 +88,7 @@ def test_textures_keep_their_sharpness_and_show_no_seam(name, box):
     assert gradient_energy(telea(truth, mask), mask) / gradient_energy(truth, mask) < 0.35
 
 
-@pytest.mark.parametrize("width", [12, 28])
+@pytest.mark.parametrize("width", [pytest.param(12, marks=pytest.mark.slow), 28])
 @pytest.mark.parametrize("name", ["astronaut", "brick", "camera", "chelsea", "coffee", "gravel", "rocket"])
 def test_brush_strokes_over_any_photo_keep_its_sharpness(name, width):
     truth = photo(name)

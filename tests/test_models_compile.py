@@ -32,6 +32,7 @@ from tests.model_contract import Case, assert_same, maps_of
 # In the default run each way is gone by the models that need its parts; by all others in the slow one.
 QUICK_DYNAMIC = ("glcic", "guided_face")
 QUICK_TRAINING = ("glcic",)
+QUICK_MODELS = ("deepfill_v1", "deepfill_v2", "glcic", "edge_connect", "csa", "guided_face", "partial_conv_unet")
 QUICK_ONNX = ("csa", "glcic")
 
 
@@ -72,7 +73,7 @@ def graphs_counted() -> tuple[Callable[..., Any], list[Any]]:
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@every(*CASES)
+@every(*QUICK_MODELS)
 def test_compiles_to_one_graph_for_all_masks(name):
     case = case_of(name)
     backend, graphs = graphs_counted()
@@ -153,7 +154,7 @@ def scores_of(judgement: Any) -> Tensor:
 # torch.export ---------------------------------------------------------------------------------------------------------
 
 
-@every(*CASES, *DIALECTS)
+@every(*QUICK_MODELS)
 def test_exports(name):
     case = case_of(name)
     with torch.no_grad():

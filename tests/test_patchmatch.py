@@ -145,11 +145,12 @@ def test_seeds(backend):
 
 @on_every_backend
 def test_same_bits_for_any_number_of_threads(backend):
-    query, key = torch.rand(1, 3, 60, 61), torch.rand(1, 3, 60, 61)
-    expected = patchmatch(query, key, backend=backend)
+    size = 60 if backend != "portable" else 30  # which takes seconds for each call
+    query, key = torch.rand(1, 3, size, size + 1), torch.rand(1, 3, size, size + 1)
+    expected = patchmatch(query, key, iterations=2, backend=backend)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        result = patchmatch(query, key, backend=backend)
+        result = patchmatch(query, key, iterations=2, backend=backend)
         assert torch.equal(result.index, expected.index)
         assert torch.equal(result.score, expected.score)
 
