@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +25,7 @@ class Row:
 
     Attributes:
         picture: uint8 ``[H, W, 3]``, a row of panels for each photo.
-        hole_psnr: mean over the photos of the PSNR in their holes, in dB.
+        hole_psnr: mean over the photos of the PSNR in their holes, in dB; NaN if none has a hole.
         hole_l1: the same of the mean absolute difference, as a share of full scale.
     """
 
@@ -73,8 +76,9 @@ class Samples:
             rows.append(panels.draw_row(sources, names))
             found.append(metrics.compare(result.pixels, truth, hole).get("hole"))
         near = [entry for entry in found if entry is not None]
-        return Row(
-            np.concatenate(rows),
-            float(np.mean([entry.psnr for entry in near])),
-            float(np.mean([entry.l1 for entry in near])),
-        )
+        return Row(np.concatenate(rows), _mean([entry.psnr for entry in near]), _mean([entry.l1 for entry in near]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where no photo has a hole, as masks of a folder may be empty."""
+    return statistics.fmean(values) if values else math.nan
