@@ -134,9 +134,12 @@ class Plan:
         return {name: part.wanted for name, part in self.parts.items()}
 
 
+_keeps: ContextVar[bool] = ContextVar("keeps", default=True)
+
+
 def keeps_for_gradients() -> bool:
-    """Whether what is computed now is kept for a gradient; a compiler decides itself what it keeps."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether what is computed now is kept for a gradient, and could be less; a compiler decides that itself."""
+    return torch.is_grad_enabled() and _keeps.get() and not torch.compiler.is_compiling()
 
 
 class Chain:
@@ -144,11 +147,11 @@ class Chain:
 
     Args:
         layers: by name, first layer first; they belong to the network.
-        recomputed: of so many first layers the maps between them are not kept for the gradient, but computed again. For
+        recomputed: groups of neighbours, whose maps between them are not kept for the gradient, but computed again. For
             large maps of few products, in layers that give the same when run twice.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], recomputed: int = 0) -> None:
+    def __init__(self, layers: Mapping[str, Layer], recomputed: Sequence[Sequence[str]] = ()) -> None:
         self.layers, self.recomputed = dict(layers), recomputed
 
     def plan(self, wanted: Box, size: tuple[int, int]) -> Plan:
@@ -187,16 +190,27 @@ class Chain:
 
     def _at_once(self, x: Tensor, plan: Plan | None) -> Tensor:
         names = list(self.layers)
-        first = self.recomputed if keeps_for_gradients() else 0
-        if first:
-            arguments = (names[:first], x, plan)
-            x = checkpoint(self._run, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._run(names[first:], x, plan)
+        while names:
+            group = next((group for group in self.recomputed if names[0] == group[0]), names[:1])
+            if len(group) > 1 and keeps_for_gradients():
+                x = checkpoint(self._run_again, group, x, plan, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run(group, x, plan)
+            del names[: len(group)]
+        return x
 
     def _run(self, names: Sequence[str], x: Tensor, plan: Plan | None) -> Tensor:
         for name in names:
             x = self.layers[name](x, None if plan is None else plan.parts[name])
         return x
+
+    def _run_again(self, names: Sequence[str], x: Tensor, plan: Plan | None) -> Tensor:
+        """As the checkpoint has it run twice: all is kept, of the second time."""
+        token = _keeps.set(False)
+        try:
+            return self._run(names, x, plan)
+        finally:
+            _keeps.reset(token)
 
     def _in_strips(self, x: Tensor, most_bytes: int) -> Tensor:
         """The same for a whole map, large maps never whole: stage by stage, each of them strip by strip."""
