@@ -72,8 +72,8 @@ class PhotoFolder(Dataset[Tensor]):
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.paths))
         order = self._order[1]
-        for index in (*order[place:], *order[:place]):
-            photo = _read_or_warn(self.paths[index])
+        for beyond in range(len(order)):
+            photo = _read_or_warn(self.paths[order[(place + beyond) % len(order)]])
             if photo is not None:
                 return photo
         raise ValueError(f"photos: none of {len(self.paths)} can be read")

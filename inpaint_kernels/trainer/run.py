@@ -205,7 +205,7 @@ class _Run:
     def _writer(self) -> Iterator[SummaryWriter | None]:
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._means: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._since = self.steps, time.perf_counter()
         if self.processes.rank:
             yield None
             return
@@ -230,10 +230,9 @@ class _Run:
                 writer.add_scalar(f"loss/{name}", mean, self.steps)
             for name, optimizer in self.system.optimizers.items():
                 writer.add_scalar(f"rate/{name}", optimizer.param_groups[0]["lr"], self.steps)
-            seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
-            writer.add_scalar(
-                "speed/images per second", self.config.log_every * self.config.batch / seconds, self.steps
-            )
+            (steps, started), self._since = self._since, (self.steps, time.perf_counter())
+            rate = (self.steps - steps) * self.config.batch / (self._since[1] - started)
+            writer.add_scalar("speed/images per second", rate, self.steps)
             if self.device.type == "cuda":
                 writer.add_scalar("memory/peak MiB", torch.cuda.max_memory_allocated(self.device) / 2**20, self.steps)
 
