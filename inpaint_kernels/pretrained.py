@@ -31,6 +31,8 @@ __all__ = [
     "write_model",
 ]
 
+_UNSEEN = ("dialect", "mean_color", "variant", "gradient")
+"""Arguments of models that the tensors do not tell."""
 _METADATA = "inpaint_kernels"
 """Key of the metadata of what :func:`convert_checkpoint` writes."""
 
@@ -274,10 +276,10 @@ def _unpacked_torch7(contents: Contents) -> tuple[Any, dict[str, Any]]:
 
 
 def _own_settings(contents: Contents) -> dict[str, Any]:
-    """Of the arguments that were written, those that the tensors do not tell."""
+    """Those of :data:`_UNSEEN` that were written."""
     try:
         arguments = json.loads(contents.metadata["arguments"])
-        settings = {name: arguments[name] for name in ("dialect", "mean_color") if name in arguments}
+        settings = {name: arguments[name] for name in _UNSEEN if name in arguments}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{contents.files[0]}: its metadata do not say the model's arguments") from error
     if "mean_color" in settings:

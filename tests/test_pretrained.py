@@ -614,3 +614,29 @@ def test_files_that_are_no_checkpoints(tmp_path, content, message):
         load_pretrained(tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=r"nothing.pth: no such file"):
         load_pretrained(tmp_path / "nothing.pth")
+
+
+# Our own files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        (GLCIC, {"dialect": "iizuka", "mean_color": [0.1, 0.2, 0.3]}),
+        (CSA, {"channels": 4, "depth": 6, "variant": "paper", "gradient": "exact"}),
+    ],
+)
+def test_written_models_are_loaded_as_they_were_made(model, arguments, tmp_path):
+    written = model(**arguments)
+    origin = {"repository": "somebody/something", "licence": "that of the photos"}
+    metadata = pretrained.write_model(written, arguments, tmp_path / "m.safetensors", origin)
+    assert metadata["licence"] == "that of the photos"
+    pretrained._said.clear()
+    with pytest.warns(LicenceNotice, match=r"weights of somebody/something, licence: that of the photos"):
+        loaded = load_pretrained(tmp_path / "m.safetensors")
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in written.state_dict().items())
+    image, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., 16:40, 16:40] = 1
+    with torch.no_grad():
+        assert torch.equal(loaded(image, mask).output, written.eval()(image, mask).output)

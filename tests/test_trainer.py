@@ -533,7 +533,9 @@ def test_every_system_runs_through_its_phases(system, photos, tmp_path):
     assert made == config.steps
     assert losses
     assert np.isfinite(list(losses.values())).all()
-    weights_of(newest(tmp_path) / files.MODEL)
+    trained, loaded = make_trainee(config, CPU).model, weights_of(newest(tmp_path) / files.MODEL)
+    assert getattr(loaded, "dialect", None) == getattr(trained, "dialect", None)
+    assert loaded.state_dict().keys() == trained.state_dict().keys()
     assert len(list((tmp_path / "rows").iterdir())) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -138,8 +139,10 @@ def _settings(kind: type[Settings], config: TrainingConfig) -> Settings:
 def _model(config: TrainingConfig) -> tuple[InpaintingModel, dict[str, Any], dict[str, str]]:
     kind = MODELS[config.system]
     if config.start is None:
+        dialect = inspect.signature(kind).parameters.get("dialect")
+        arguments = ({} if dialect is None else {"dialect": dialect.default}) | config.model
         try:
-            return kind(**config.model), dict(config.model), {"repository": OURS, "licence": "that of the photos"}
+            return kind(**arguments), arguments, {"repository": OURS, "licence": "that of the photos"}
         except TypeError as error:
             raise ValueError(f"model: {error}") from error
     beside = config.model.keys() - {"dialect"}
