@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from benches.harness import Outputs, Provider
-from benches.peer_models import available_models, unit_image
+from benches.peer_models import available_models, tensors_in, unit_image
 from benches.published_models import PUBLISHED_MODELS, PublishedModel
 from benches.published_race import PUBLISHED, TOLERANCE, means
 from inpaint_kernels.memory_plan import LiveMemory, estimate_memory
@@ -192,18 +192,11 @@ def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
 
     def fill() -> Outputs:
         with torch.no_grad(), pair.peer.running(torch.zeros(())):
-            outputs = network(*arguments)
-        output = pair.picture(next(x for x in reversed(_images(outputs))))
+            outputs = tensors_in(network(*arguments))
+        output = pair.picture(outputs[: 1 + pair.coarse][-1])
         return (torch.where(hole, output.clamp(0, 1), image),)
 
     return fill
-
-
-def _images(outputs: Any) -> list[Tensor]:
-    """The pictures among what a network returns: the last is the final one."""
-    return [
-        x for x in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)) if x.dim() == 4 and x.shape[1] == 3
-    ]
 
 
 @functools.lru_cache(maxsize=1)
