@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # 140 MiB, which every optimiser of torch brings with its first step; no network's own memory
 from torch import Tensor, nn
 
 from benches.harness import Outputs
