@@ -89,13 +89,13 @@ PAINTER = _painter("all")
 LAST = ("conv17", "allconv17")
 """The last convolution of either stage: to 3 channels, without an activation of its own."""
 RECOMPUTED = (
-    ("conv1", "conv2_downsample"),
+    ("conv1", "conv2_downsample", "conv3", "conv4_downsample"),
     ("conv15_upsample", "conv16", "conv17"),
-    ("xconv1", "xconv2_downsample"),
-    ("pmconv1", "pmconv2_downsample"),
+    ("xconv1", "xconv2_downsample", "xconv3", "xconv4_downsample"),
+    ("pmconv1", "pmconv2_downsample", "pmconv3", "pmconv4_downsample"),
 )
-"""Layers whose maps, as large as the image, a training step computes twice: 2 % more of its products, but a fifth less
-of its memory. Those of the second stage's end are needed while all others are still there."""
+"""Layers whose maps, large as they are, a training step computes twice: 3 % more of its products, but a quarter less of
+its memory. Those of the second stage's end are needed while all others are still there."""
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,10 @@ def test_first_maps_last_ones_and_enlarged_ones_are_not_kept(all_is_kept):
     model = MODELS["deepfill_v1"]()
     less = kept_floats(model, side)
     all_is_kept()
-    first, last = 3 * width * side**2, (width + width // 2) * side**2  # of three encoders, and of the first painter
-    enlarged = 2 * (2 * width * side**2 + 4 * width * (side // 2) ** 2)
+    half = (side // 2) ** 2
+    first = 3 * width * side**2 + (2 + 2 + 1 + 2 + 1 + 2) * width * half  # of three encoders
+    last = (width + width // 2) * side**2  # of the first painter
+    enlarged = 2 * (2 * width * side**2 + 4 * width * half)
     saved = kept_floats(model, side) - less
     assert saved == pytest.approx(first + last + enlarged, rel=0.02)
 
