@@ -94,8 +94,8 @@ RECOMPUTED = (
     ("xconv1", "xconv2_downsample", "xconv3", "xconv4_downsample"),
     ("pmconv1", "pmconv2_downsample", "pmconv3", "pmconv4_downsample"),
 )
-"""Layers whose maps, large as they are, a training step computes twice: 3 % more of its products, but a quarter less of
-its memory. Those of the second stage's end are needed while all others are still there."""
+"""Layers whose maps, large as they are, a step in training mode computes twice: 3 % more of its products, but a quarter
+less of its memory. Those of the second stage's end are needed while all others are still there."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ class DeepFill(InpaintingModel):
         self.add_layer(name, Convolution(channels, 3, activation="none", gated=gated, border=self.dialect.border))
 
     def _chain(self, rows: Iterable[Row], *last: str) -> Chain:
-        return Chain({name: self.layer(name) for name in (*(row.name for row in rows), *last)}, RECOMPUTED)
+        layers = {name: self.layer(name) for name in (*(row.name for row in rows), *last)}
+        return Chain(layers, RECOMPUTED if self.training else ())
 
     # Regions ----------------------------------------------------------------------------------------------------------
 

@@ -124,11 +124,8 @@ def _kept_small(x: Tensor, enlarged: Tensor, factor: int) -> Iterator[None]:
         yield
         return
 
-    small, storage, shape = (
-        x.detach(),
-        _storage(enlarged),
-        enlarged.shape,
-    )  # the hooks live on, the enlarged map must not
+    # The hooks live as long as the graph; the enlarged map must not.
+    small, storage, shape = x.detach(), _storage(enlarged), enlarged.shape
 
     def pack(kept: Tensor) -> tuple[Tensor, bool]:
         is_enlarged = _storage(kept) == storage and kept.shape == shape

@@ -76,6 +76,15 @@ def test_first_maps_last_ones_and_enlarged_ones_are_not_kept(all_is_kept):
     assert saved == pytest.approx(first + last + enlarged, rel=0.02)
 
 
+def test_in_evaluation_mode_the_first_maps_are_kept(all_is_kept):
+    """Nobody who only looks at a gradient waits for what torch's checkpoint imports."""
+    model = MODELS["deepfill_v1"]()
+    training, evaluation = (kept_floats(model.train(mode), 64) for mode in (True, False))
+    assert training < evaluation
+    all_is_kept()
+    assert evaluation < kept_floats(model, 64)
+
+
 def test_second_derivatives_of_an_enlarging_layer(all_is_kept):
     layer = Convolution(2, 3, upsample=2).double()
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
