@@ -332,7 +332,14 @@ def test_an_interrupt_leaves_whole_files_only(folder):
     for number in range(400):  # far more than are filled before the signal comes
         shutil.copy("photos/a.png", f"photos/x{number}.png")
     command = [sys.executable, "-m", "inpaint_kernels", "fill", "photos", "mask.png", "-o", "out"]
-    process = subprocess.Popen([*command, "--model", "exemplar"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--model", "exemplar"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # jobs in the background inherit that it is ignored
+    )
     deadline = time.monotonic() + 60
     while len(list(Path("out").glob("*.png"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
