@@ -539,7 +539,7 @@ def test_every_system_runs_through_its_phases(system, photos, tmp_path):
     assert len(list((tmp_path / "rows").iterdir())) == 2
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 @pytest.mark.parametrize(
     "system",
     [pytest.param(name, marks=_slow_if(name != "deepfill_v1")) for name in ("deepfill_v1", "glcic", "edge_connect")],
