@@ -15,8 +15,7 @@ import pytest
 
 from benches.conftest import CLOCK, Race, parametrize_races, peers_folder
 from benches.model_case import ModelCase
-from benches.peer_models import available_models
-from benches.published_models import PUBLISHED_MODELS
+from benches.published_models import available_pairs
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -39,8 +38,7 @@ GLCIC_PHOTOS = ((660, 1084), (540, 960))
 def _cases(peers: Path | None) -> list[ModelCase]:
     if peers is None:
         return []
-    there = {model.name for model in available_models(peers)}
-    names = {pair.name for pair in PUBLISHED_MODELS if pair.peer_name in there}
+    names = available_pairs(peers)
     cases = [
         ModelCase(name, side, side, batch, hole, peers)
         for name in SYSTEMS

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benches.conftest import CLOCK, Race, parametrize_races, peers_folder
-from benches.peer_models import available_models
-from benches.published_models import PUBLISHED_MODELS
+from benches.published_models import available_pairs
 from benches.training_case import TrainingCase
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ SIZE, BATCHES = 256, (4, 16)
 def _cases(peers: Path | None) -> list[TrainingCase]:
     if peers is None:
         return []
-    there = {model.name for model in available_models(peers)}
-    names = {pair.name for pair in PUBLISHED_MODELS if pair.peer_name in there}
+    names = available_pairs(peers)
     return [TrainingCase(name, SIZE, batch, peers) for name in SYSTEMS if name in names for batch in BATCHES]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benches.harness import Outputs
 from benches.peer_models import unit_image
-from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.published_models import PublishedModel, published_model
 from benches.published_race import OURS, PUBLISHED_LAST, PublishedRace
 
 HOLE = "ours, hole only"
@@ -45,7 +45,7 @@ class ModelCase(PublishedRace):
 
     @property
     def pair(self) -> PublishedModel:
-        return next(pair for pair in PUBLISHED_MODELS if pair.name == self.name)
+        return published_model(self.name)
 
     @property
     def slow(self) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from benches.harness import Outputs, Provider
-from benches.peer_models import available_models, tensors_in, unit_image
-from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.peer_models import tensors_in, unit_image
+from benches.published_models import PublishedModel, available_pairs, published_model
 from benches.published_race import PUBLISHED, TOLERANCE, means
 from inpaint_kernels.memory_plan import LiveMemory, estimate_memory
 
@@ -77,9 +77,8 @@ class PhotoCase:
 
     @property
     def published(self) -> PublishedModel | None:
-        pair = next((pair for pair in PUBLISHED_MODELS if pair.name == PAIRS.get(self.name)), None)
-        there = {peer.name for peer in available_models(self.folder)}
-        return pair if pair is not None and pair.peer_name in there else None
+        name = PAIRS.get(self.name, "")
+        return published_model(name) if name in available_pairs(self.folder) else None
 
     @property
     def baseline(self) -> str | None:
@@ -93,16 +92,14 @@ class PhotoCase:
     def provider_names(self) -> tuple[str, ...]:
         if self.baseline is None:
             return (HOLE,)
-        with torch.device("meta"):
-            partial = MODELS[self.name]().eval().needed_regions(self.box, *self.size) is not None
+        partial = _skeleton(self.name).needed_regions(self.box, *self.size) is not None
         least = _least_published_bytes(self)
         runs = least is not None and least <= MOST_PUBLISHED_BYTES and self.published is not None
         return (*((PUBLISHED,) if runs else ()), WHOLE, *((STRIPS, HOLE) if partial else ()))
 
     @property
     def size(self) -> tuple[int, int]:
-        with torch.device("meta"):
-            multiple = MODELS[self.name]().size_multiple
+        multiple = _skeleton(self.name).size_multiple
         return (-(-self.side // multiple) * multiple,) * 2
 
     @property
@@ -139,11 +136,17 @@ class PhotoCase:
         }
 
 
+@functools.lru_cache
+def _skeleton(name: str) -> Any:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return MODELS[name]().eval()
+
+
 @functools.lru_cache(maxsize=1)
 def _model(case: PhotoCase) -> Any:
     if case.published is not None:
-        assert case.folder is not None
-        return case.published.load_ours(_public_network(case.name, case.folder))
+        return case.published.load_ours(_public_network(case.published, case.folder))
     torch.manual_seed(0)
     return MODELS[case.name]().eval()
 
@@ -182,10 +185,9 @@ def _published_arguments(pair: PublishedModel, case: PhotoCase, image: Tensor, m
 
 
 def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
-    pair, folder = case.published, case.folder
+    pair = case.published
     assert pair is not None
-    assert folder is not None
-    network = _public_network(case.name, folder)
+    network = _public_network(pair, case.folder)
     image, hole = _photo(case)
     mask = hole.to(image.dtype)
     arguments = _published_arguments(pair, case, image * (1 - mask), mask)
@@ -200,8 +202,8 @@ def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
 
 
 @functools.lru_cache(maxsize=1)
-def _public_network(name: str, folder: Path) -> nn.Module:
-    pair = next(pair for pair in PUBLISHED_MODELS if pair.name == PAIRS[name])
+def _public_network(pair: PublishedModel, folder: Path | None) -> nn.Module:
+    assert folder is not None  # it was found there
     return pair.load_published(folder)
 
 
@@ -215,12 +217,12 @@ def _least_published_bytes(case: PhotoCase) -> int | None:
     """
     if case.name == "csa":
         return 4 * (case.size[0] * case.size[1] // 64) ** 2
-    pair, folder = case.published, case.folder
-    if pair is None or folder is None:
+    pair = case.published
+    if pair is None:
         return None
     if case.side <= 512:
         return 0  # each of them runs there
-    network = _public_network(case.name, folder)
+    network = _public_network(pair, case.folder)
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pair.peer.running(torch.zeros(())):
         image, mask = (torch.empty(1, channels, *case.size) for channels in (3, 1))

@@ -5,6 +5,7 @@ See peer_models.py for the networks, and peers.py for how their checkouts are fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from inpaint_kernels.models.glcic import GLCIC, PLACES2_MEAN
 from inpaint_kernels.models.partial_conv_unet import PartialConvUNet
 from torch import Tensor, nn
 
-from benches.peer_models import PEER_MODELS, Inputs, PeerModel, tensors_in
+from benches.peer_models import PEER_MODELS, Inputs, PeerModel, available_models, tensors_in
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -267,3 +268,15 @@ PUBLISHED_MODELS = (
         second_name="knazeri_inpaint",
     ),
 )
+
+
+def published_model(name: str) -> PublishedModel:
+    """The pair of that name."""
+    return next(pair for pair in PUBLISHED_MODELS if pair.name == name)
+
+
+@functools.lru_cache
+def available_pairs(folder: Path | None) -> frozenset[str]:
+    """Names of the pairs whose public network's checkout lies in ``folder``."""
+    there = {peer.name for peer in available_models(folder)}
+    return frozenset(pair.name for pair in PUBLISHED_MODELS if pair.peer_name in there)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benches.harness import Outputs
 from benches.peer_models import one_hole_mask, tensors_in, unit_image
-from benches.published_models import PUBLISHED_MODELS, PublishedModel
+from benches.published_models import PublishedModel, published_model
 from benches.published_race import OURS, PUBLISHED_LAST, PublishedRace
 
 
@@ -39,7 +39,7 @@ class TrainingCase(PublishedRace):
 
     @property
     def pair(self) -> PublishedModel:
-        return next(pair for pair in PUBLISHED_MODELS if pair.name == self.name)
+        return published_model(self.name)
 
     @property
     def slow(self) -> bool:

@@ -333,6 +333,19 @@ def _walk(steps: Tensor, size: int, start: int) -> Tensor:
 # Masks of a folder ----------------------------------------------------------------------------------------------------
 
 
+def pictures_in(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, said: str) -> list[Path]:
+    """The files of a folder, and of the folders in it, with these suffixes in lower case, sorted.
+
+    Raises:
+        ValueError: there is none; the message begins with ``said``.
+    """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        problem = "no such folder" if not Path(folder).is_dir() else f"no file that ends in {', '.join(suffixes)}"
+        raise ValueError(f"{said} in {folder}, got {problem}")
+    return paths
+
+
 class MaskFolder(Sequence[Tensor]):
     """The masks of a folder, sorted by path, each read when it is asked for.
 
@@ -355,11 +368,8 @@ class MaskFolder(Sequence[Tensor]):
     def __init__(
         self, folder: str | Path, read: Callable[[Path], Tensor], *, suffixes: Sequence[str] = IMAGE_SUFFIXES
     ) -> None:
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+        self.paths = pictures_in(folder, suffixes, said="folder: expected masks")
         self._read = read
-        if not self.paths:
-            problem = "no such folder" if not Path(folder).is_dir() else f"no file that ends in {', '.join(suffixes)}"
-            raise ValueError(f"folder: expected masks in {folder}, got {problem}")
 
     def __len__(self) -> int:
         """Number of masks."""

@@ -24,6 +24,7 @@ from inpaint_kernels.cli import app
 from inpaint_kernels.images import Photo, read_photo, write_photo
 from inpaint_kernels.photo import FilledPhoto
 from tests.model_cases import seeded
+from tests.two_processes import run_two
 
 HEIGHT, WIDTH = 40, 56
 HOLE = np.zeros((HEIGHT, WIDTH), bool)
@@ -306,24 +307,13 @@ def test_json_for_machines(folder):
 
 def test_two_processes_share_a_folder(folder):
     """As torchrun starts them; what both did is said once."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2"}
     Path("photos/b.png").write_bytes(b"no picture")  # the second process's
-    command = [sys.executable, "-m", "inpaint_kernels", "fill", "photos", "masks", "-o", "out", "-r"]
-    running = [
-        subprocess.Popen(
-            [*command, "--model", "diffusion"],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    (first, first_errors), (second, second_errors) = (process.communicate(timeout=100) for process in running)
-    assert [process.returncode for process in running] == [1, 1], first_errors + second_errors
-    assert "2 filled, 1 failed" in first
-    assert "failed: photos/b.png" in first_errors
-    assert "filled," not in second
+    arguments = ("fill", "photos", "masks", "-o", "out", "-r", "--model", "diffusion")
+    first, second = run_two(*arguments, port=29517, timeout=100)
+    assert [first.code, second.code] == [1, 1], first.errors + second.errors
+    assert "2 filled, 1 failed" in first.output
+    assert "failed: photos/b.png" in first.errors
+    assert "filled," not in second.output
     assert sorted(path.name for path in Path("out").rglob("*.png")) == ["a.png", "c.png"]
 
 

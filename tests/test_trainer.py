@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from inpaint_kernels.trainer.holes import HoleMaker, seeded_generator, shares
 from inpaint_kernels.trainer.photos import PhotoFolder, image_batches
 from inpaint_kernels.trainer.run import device_of
 from inpaint_kernels.trainer.systems import make_trainee
+from tests.two_processes import run_two
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 64, "batch": 2, "workers": 0, "rows": 0, "device": "cpu"}
@@ -565,22 +564,11 @@ def test_two_processes_train_as_one(photos, tmp_path):
     train(config, tmp_path / "one")
     path = tmp_path / "config.toml"
     path.write_text(write_config(config), encoding="utf-8")
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519", "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "inpaint_kernels", "train", str(path), "-o", str(tmp_path / "two")]
-    running = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    (first, errors), (second, more_errors) = (process.communicate(timeout=200) for process in running)
-    assert [process.returncode for process in running] == [0, 0], errors + more_errors
-    assert first.startswith("2 steps: ")
-    assert second == ""
+    arguments = ("train", str(path), "-o", str(tmp_path / "two"))
+    first, second = run_two(*arguments, port=29519, timeout=200, OMP_NUM_THREADS="1")
+    assert [first.code, second.code] == [0, 0], first.errors + second.errors
+    assert first.output.startswith("2 steps: ")
+    assert second.output == ""
     one, two = (state_of(tmp_path / name) for name in ("one", "two"))
     moved = [name for name in one if "/networks/generator" in name and name.endswith("weight")]
     start = dict(_leaves(make_trainee(config, CPU).system.state_dict(), "/system"))

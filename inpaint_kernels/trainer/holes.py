@@ -62,53 +62,42 @@ class HoleMaker:
         self._device = device
         self._size, self._window, self._seed = config.image_size, config.window, config.seed
         self._count = 1 if config.one_hole else config.batch
-        self._makers = [self._maker(hole) for hole in config.holes]
+        self._holes = config.holes
+        self._folders = {
+            hole: MaskFolder(hole.folder, _reader(hole.invert)) for hole in config.holes if isinstance(hole, FolderHole)
+        }
         self._random_real_boxes = config.system == "glcic"
 
     def __call__(self, step: int) -> Holes:
         """The holes of a step; ``step`` may be negative, for images that are not trained on."""
         generator = seeded_generator(self._seed, step)
-        kind = int(torch.randint(len(self._makers), (), generator=generator))
-        mask, boxes = self._makers[kind](generator)
+        kind = int(torch.randint(len(self._holes), (), generator=generator))
+        mask, boxes = self._drawn(self._holes[kind], generator)
         if self._window is None:
             return Holes(mask)
         boxes = boxes or [window_around(hole[0], self._window) for hole in mask]
-        real = random_boxes(len(boxes), self._size, self._window, generator=generator)
-        return Holes(mask, boxes, real if self._random_real_boxes else None)
+        if not self._random_real_boxes:
+            return Holes(mask, boxes)
+        return Holes(mask, boxes, random_boxes(len(boxes), self._size, self._window, generator=generator))
 
-    def _maker(self, hole: Hole) -> Callable[[torch.Generator], tuple[Tensor, list[Box] | None]]:
+    def _drawn(self, hole: Hole, generator: torch.Generator) -> tuple[Tensor, list[Box] | None]:
+        """The masks, and the windows that they were drawn in; None where there were none."""
         count, size = self._count, self._size
-
         if isinstance(hole, BoxHole):
-
-            def box(generator: torch.Generator) -> tuple[Tensor, list[Box] | None]:
-                boxes = random_boxes(count, size, hole.size, margin=hole.margin, generator=generator)
-                return box_masks(
-                    shrink_boxes(boxes, hole.shrink, generator=generator), size, device=self._device
-                ), boxes
-
-            return box
+            windows = random_boxes(count, size, hole.size, margin=hole.margin, generator=generator)
+            return self._boxed(shrink_boxes(windows, hole.shrink, generator=generator)), windows
         if isinstance(hole, BoxInWindowHole):
-            window = self._window or size
-
-            def box_in_window(generator: torch.Generator) -> tuple[Tensor, list[Box] | None]:
-                windows = random_boxes(count, size, window, generator=generator)
-                boxes = random_boxes_within(windows, hole.smallest, hole.largest, generator=generator)
-                return box_masks(boxes, size, device=self._device), windows
-
-            return box_in_window
+            assert self._window is not None  # the configuration has seen to it
+            windows = random_boxes(count, size, self._window, generator=generator)
+            return self._boxed(random_boxes_within(windows, hole.smallest, hole.largest, generator=generator)), windows
         if isinstance(hole, FolderHole):
-            folder = MaskFolder(hole.folder, _reader(hole.invert))
-            return lambda generator: (
-                drawn_masks(folder, count, size, generator=generator, device=self._device),
-                None,
-            )
+            return drawn_masks(self._folders[hole], count, size, generator=generator, device=self._device), None
         if isinstance(hole, StrokesHole):
-            return lambda generator: (self._strokes(hole, generator), None)
-        return lambda generator: (
-            random_walk_masks(count, size, steps=hole.steps, generator=generator, device=self._device),
-            None,
-        )
+            return self._strokes(hole, generator), None
+        return random_walk_masks(count, size, steps=hole.steps, generator=generator, device=self._device), None
+
+    def _boxed(self, boxes: Sequence[Box]) -> Tensor:
+        return box_masks(boxes, self._size, device=self._device)
 
     def _strokes(self, hole: StrokesHole, generator: torch.Generator) -> Tensor:
         mask = free_form_masks(
@@ -122,8 +111,7 @@ class HoleMaker:
         )
         if not hole.with_box:
             return mask
-        boxes = random_boxes(self._count, self._size, hole.with_box, generator=generator)
-        return mask | box_masks(boxes, self._size, device=self._device)
+        return mask | self._boxed(random_boxes(self._count, self._size, hole.with_box, generator=generator))
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:

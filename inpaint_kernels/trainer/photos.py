@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from inpaint_kernels.fillers import read_rgb
-from inpaint_kernels.models.random_masks import IMAGE_SUFFIXES
+from inpaint_kernels.models.random_masks import pictures_in
 
 _ORDER, _CUT = 0, 1
 """What random numbers are for."""
@@ -97,11 +97,7 @@ def _read_or_warn(path: Path) -> NDArray[np.uint8] | None:
 
 def photos_in(folder: str | Path) -> list[Path]:
     """The photos of a folder and of the folders in it, sorted; ValueError if there are none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        problem = f"no file that ends in {', '.join(IMAGE_SUFFIXES)}" if Path(folder).is_dir() else "no such folder"
-        raise ValueError(f"photos: expected photos in {folder}, got {problem}")
-    return paths
+    return pictures_in(folder, said="photos: expected photos")
 
 
 def resized(photo: NDArray[np.uint8], shortest: int) -> NDArray[np.uint8]:

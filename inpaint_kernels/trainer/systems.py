@@ -173,7 +173,8 @@ def _features(
         raise ValueError(
             f"vgg: expected torchvision's file of {architecture}, or 'download', or for a trial 'random', got none"
         )
-    path = {"random": None, "download": "download"}.get(str(config.vgg), config.vgg)
-    if path == "download":
-        path = download_vgg(architecture)
-    return VGGFeatures(architecture, layers, weights=path, normalise=system.normalise).to(device)
+    if config.vgg == "random":
+        weights = None
+    else:
+        weights = download_vgg(architecture) if config.vgg == "download" else config.vgg
+    return VGGFeatures(architecture, layers, weights=weights, normalise=system.normalise).to(device)
