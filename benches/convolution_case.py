@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches.harness import Outputs, Provider
+from benches.harness import BFLOAT16, FLOAT32, TF32, Outputs, Provider
 from inpaint_kernels import dilated_conv2d, gated_conv2d, partial_conv2d
 
 EAGER, COMPILED, OURS, PORTABLE = "eager", "torch.compile", "ours", "portable"
 CHANNELS_LAST: Final = " channels_last"
 PROVIDERS: Final = tuple(name + layout for name in (EAGER, COMPILED, OURS) for layout in ("", CHANNELS_LAST))
 
-FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 # Largest differences that are no mistake, over the largest magnitude. Published code rounds a bfloat16 map, and the
 # counts of known pixels, after every operation.
 TOLERANCES: Final = {FLOAT32: 1e-5, TF32: 5e-3, BFLOAT16: 2e-2}

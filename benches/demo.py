@@ -336,7 +336,7 @@ def main() -> None:
         races: list[ConvolutionRace] = []
         for network, layer in LAYERS:
             _reporter(progress, task, len(SCENES) + 1 + len(races), layer.op)(0.0, network)
-            of_layer = convolutions.ConvolutionCase(network, layer, arguments.image, convolutions.FLOAT32)
+            of_layer = convolutions.ConvolutionCase(network, layer, arguments.image, harness.FLOAT32)
             races.append((of_layer, race_convolution(of_layer, arguments.rounds)))
         turn = len(SCENES) + 1 + len(LAYERS)
         _reporter(progress, task, turn, "coherent_semantic_attention")(0.0, "racing")

@@ -49,6 +49,7 @@ RESULTS = ROOT / "benches/results"
 SCRATCH = ROOT / "build/gpu"
 OURS = "ours"
 UNBUFFERED = {"PYTHONUNBUFFERED": "1"}  # a part that is stopped has said what it was at
+TEST_PROCESSES = 12  # on one GPU: most of their time Triton compiles
 WRONG = 9  # what compute-sanitizer is told to return when it found an error
 
 MINUTES = 9.0
@@ -243,11 +244,22 @@ class Recorder:
 
 def run_tests(path: Path, arguments: Sequence[str]) -> int:
     """The tests, with ``arguments`` for pytest; their outcomes are appended to ``path``."""
-    make_models_importable()
-    options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "benches.gpu"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         options.append("--timeout=90")
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     return int(pytest.main([*options, *arguments], plugins=[Recorder(path)]))
+
+
+def gpu_test_files() -> list[str]:
+    """Files with tests that are marked; others may need packages that are not installed."""
+    return [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+
+
+def pytest_configure() -> None:
+    """This module is a plugin of its own tests, in every process that runs some of them."""
+    make_models_importable()
 
 
 def make_models_importable() -> None:
@@ -288,18 +300,16 @@ def count_tests(path: Path) -> dict[str, Any]:
 
 def ceilings(device: str, copy_bytes: int = 4 << 30, side: int = 8192) -> dict[str, Any]:
     """Bytes per second, read and written, of a large copy, and FLOP per second of a large product by precision."""
-    from benches.gpu_contextual_attention import BFLOAT16, PRECISIONS, products_in
-
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copying = median_seconds(functools.partial(copy, source, target), device)
     del source, target
     rates = {}
-    for precision in PRECISIONS:
-        dtype = torch.bfloat16 if precision == BFLOAT16 else torch.float32
+    for precision in harness.PRECISIONS:
+        dtype = torch.bfloat16 if precision == harness.BFLOAT16 else torch.float32
         x, y = torch.randn(2, side, side, device=device).to(dtype)
         out = torch.empty_like(x)
-        with products_in(precision):
+        with harness.products_in(precision):
             rates[precision] = 2 * side**3 / median_seconds(functools.partial(product, x, y, out), device)
     return {"copy_bytes_per_second": 2 * copy_bytes / copying, "flops_per_second": rates}
 
@@ -496,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.path, ceilings("cuda"))
         print("measured")
     elif options.part == "tests":
-        return run_tests(options.path, ["-m", "gpu", "tests"])
+        return run_tests(options.path, ["-m", "gpu", *gpu_test_files()])
     else:
         run_bench(importlib.import_module(f"benches.gpu_{options.op}").cases(), options.path, options.seconds)
     return 0

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benches.gpu_contextual_attention import BFLOAT16, FLOAT32
-from benches.harness import Outputs, Provider
+from benches.harness import BFLOAT16, FLOAT32, Outputs, Provider
 from inpaint_kernels import coherent_semantic_attention
 from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
 from inpaint_kernels.reference import coherent_semantic_attention as reference

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from benches import bench_contextual_attention as bench
 from benches.bench_contextual_attention import CHANNELS, COMPILED, MEASURED_PORTS, NAIVE, OURS, PORTABLE, RATE, Box
-from benches.harness import Outputs, Provider
+from benches.harness import BFLOAT16, FLOAT32, PRECISIONS, TF32, Outputs, Provider, products_in
 from benches.peers import available_ports, load_port
 from inpaint_kernels import PRESETS, contextual_attention
 from inpaint_kernels.cuda_kernels._contextual_attention_plan import make_plan
@@ -36,8 +35,6 @@ GEMM_ROWS: Final = 2500
 AMPLITUDE: Final = bench.AMPLITUDE["soft"]
 LARGEST_DENSE_SIZE: Final = 128
 
-FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
-PRECISIONS: Final = (BFLOAT16, TF32, FLOAT32)
 # Largest differences of outputs and gradients that are no mistake, over the largest magnitude.
 TOLERANCES: Final = {FLOAT32: (1e-4, 1e-3), TF32: (5e-2, 1e-1), BFLOAT16: (2e-2, 1e-1)}
 
@@ -240,20 +237,6 @@ def _attention(case: GpuAttentionCase, name: str) -> Callable[[Tensor, Tensor], 
     port = available_ports(case.peers)[name]
     attention = load_port(port, case.peers)
     return lambda features, mask: attention(features, features, F.interpolate(mask, scale_factor=port.mask_scale))
-
-
-@contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Let float32 matrix products and convolutions use tf32, or not."""
-    cudnn: Any = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == TF32 else "highest")
-    cudnn.allow_tf32 = precision == TF32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
 
 
 def bare_gemms(case: GpuAttentionCase) -> Callable[[], Outputs]:

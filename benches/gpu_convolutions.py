@@ -22,26 +22,21 @@ from typing import Any, Final
 import torch
 
 from benches.convolution_case import (
-    BFLOAT16,
     CHANNELS_LAST,
     COMPILED,
     DEEPFILL_V2,
     EAGER,
-    FLOAT32,
     GLCIC,
     NETWORKS,
     OURS,
     PCONV_UNET,
-    TF32,
     ConvolutionCase,
     Inputs,
     delivered_channels,
 )
-from benches.gpu_contextual_attention import products_in
-from benches.harness import Outputs, Provider
+from benches.harness import BFLOAT16, FLOAT32, TF32, Outputs, Provider, products_in
 from inpaint_kernels.triton_kernels import _launch_config as launch
 
-PRECISIONS: Final = (BFLOAT16, TF32, FLOAT32)
 SIZES: Final = {DEEPFILL_V2: 2000, GLCIC: 2000, PCONV_UNET: 2048}
 CAPABILITY: Final = (9, 0)
 

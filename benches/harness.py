@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,10 @@ THREADS = 2
 MIN_ROUNDS, MAX_ROUNDS = 3, 31
 
 Outputs = tuple[Tensor, ...]
+
+FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
+PRECISIONS = (BFLOAT16, TF32, FLOAT32)
+"""Of a GPU's cases: float32 throughout, float32 whose products may use tf32, and bfloat16 maps."""
 
 
 class WrongResultError(AssertionError):
@@ -217,6 +222,20 @@ def _timed_on_gpu(run: Callable[[], Outputs]) -> tuple[Outputs, float, float]:
 def _overwritten_cache() -> Tensor:
     """Several times the largest cache of a GPU."""
     return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Let float32 matrix products and convolutions use tf32, or not."""
+    cudnn: Any = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == TF32 else "highest")
+    cudnn.allow_tf32 = precision == TF32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

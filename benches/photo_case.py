@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from inpaint_kernels.models._regions import working_memory
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from benches.harness import Outputs, Provider
+from benches.harness import BFLOAT16, FLOAT32, Outputs, Provider, products_in
 from benches.peer_models import tensors_in, unit_image
 from benches.published_models import PublishedModel, available_pairs, published_model
 from benches.published_race import PUBLISHED, TOLERANCE, means
@@ -53,12 +53,16 @@ class PhotoCase:
         side: of the photo, made a size that the model takes.
         hole: side of the hole.
         folder: where the checkouts of public networks are, whose weights the model then has; None: its initial ones.
+        device: where it is filled.
+        precision: "float32", "tf32" (products of float32 maps), "bfloat16" (autocast).
     """
 
     name: str
     side: int
     hole: int
     folder: Path | None = field(default=None, repr=False)
+    device: str = "cpu"
+    precision: str = FLOAT32
 
     def __str__(self) -> str:
         return f"{self.name}-{self.side}-hole{self.hole}"
@@ -86,7 +90,7 @@ class PhotoCase:
 
     @property
     def tolerances(self) -> tuple[float, ...]:
-        return (OWN_TOLERANCE if self.published is None else TOLERANCE,)
+        return (OWN_TOLERANCE if self.published is None and self.precision == FLOAT32 else TOLERANCE,)
 
     @property
     def provider_names(self) -> tuple[str, ...]:
@@ -107,18 +111,46 @@ class PhotoCase:
         corner = self.side // 4
         return Box(corner, corner, corner + self.hole, corner + self.hole)
 
+    @property
+    def model(self) -> Any:
+        """The model, in evaluation mode."""
+        return _model(self.on_its_own)
+
+    @property
+    def photo(self) -> tuple[Tensor, Tensor]:
+        """An image and the mask of its hole."""
+        return _photo(self.on_its_own)
+
+    @property
+    def guidance(self) -> dict[str, Tensor]:
+        """What else the model takes."""
+        return {"canny_edges": torch.zeros(1, 1, *self.size, device=self.device)} if self.name == "edge_connect" else {}
+
+    @property
+    def on_its_own(self) -> PhotoCase:
+        """What the model and the photo depend on."""
+        return replace(self, precision=FLOAT32)
+
+    def fill(self, name: str) -> Outputs:
+        """The photo filled in one of the ways."""
+        image, mask = self.photo
+        region = "hole" if name == HOLE else "full"
+        autocast = torch.autocast(self.device, torch.bfloat16, enabled=self.precision == BFLOAT16)
+        with torch.no_grad(), working_memory(WORKING_BYTES[name]), products_in(self.precision), autocast:
+            return (self.model(image, mask, region=region, **self.guidance).completed,)
+
     def provider(self, name: str) -> Provider:
-        run = _published_runner(self) if name == PUBLISHED else functools.partial(_fill, self, name)
+        run = _published_runner(self) if name == PUBLISHED else functools.partial(self.fill, name)
         if self.baseline is None:
-            return Provider(name, run=run, expected=None)
-        if self.published is None:
-            return Provider(name, run=run, expected=functools.partial(_expected, self))
+            return Provider(name, run=run, expected=None, device=self.device)
+        if self.published is None and self.precision == FLOAT32:
+            return Provider(name, run=run, expected=functools.partial(_expected, self), device=self.device)
         # Of the public networks' weights; see published_race.py. The tests compare all pixels, with other weights.
-        return Provider(name, run=run, expected=lambda: means(_expected(self)), select=means)
+        return Provider(name, run=run, expected=lambda: means(_expected(self)), select=means, device=self.device)
 
     def facts(self) -> Mapping[str, Any]:
-        options: dict[str, Any] = {**_guidance(self), "working_bytes": WORKING_BYTES[STRIPS]}
-        model, partial = _model(self), HOLE in self.provider_names
+        options: dict[str, Any] = {**self.guidance, "working_bytes": WORKING_BYTES[STRIPS]}
+        model, partial = self.model, HOLE in self.provider_names
         least = _least_published_bytes(self)
         estimates = {"whole": estimate_memory(model, *self.size, **options)}
         if partial:
@@ -146,33 +178,22 @@ def _skeleton(name: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def _model(case: PhotoCase) -> Any:
     if case.published is not None:
-        return case.published.load_ours(_public_network(case.published, case.folder))
+        return case.published.load_ours(_public_network(case.published, case.folder)).to(case.device)
     torch.manual_seed(0)
-    return MODELS[case.name]().eval()
+    return MODELS[case.name]().eval().to(case.device)
 
 
 @functools.lru_cache(maxsize=1)
 def _photo(case: PhotoCase) -> tuple[Tensor, Tensor]:
-    image = unit_image(case.size[0], 1, 1)
-    mask = torch.zeros(1, 1, *case.size, dtype=torch.bool)
+    image = unit_image(case.size[0], 1, 1).to(case.device)
+    mask = torch.zeros(1, 1, *case.size, dtype=torch.bool, device=case.device)
     case.box.of(mask).fill_(True)
     return image, mask
 
 
-def _guidance(case: PhotoCase) -> dict[str, Tensor]:
-    return {"canny_edges": torch.zeros(1, 1, *case.size)} if case.name == "edge_connect" else {}
-
-
-def _fill(case: PhotoCase, name: str) -> Outputs:
-    image, mask = _photo(case)
-    region = "hole" if name == HOLE else "full"
-    with torch.no_grad(), working_memory(WORKING_BYTES[name]):
-        return (_model(case)(image, mask, region=region, **_guidance(case)).completed,)
-
-
 @functools.lru_cache(maxsize=1)
 def _expected(case: PhotoCase) -> Outputs:
-    return _fill(case, WHOLE)
+    return case.on_its_own.fill(WHOLE)
 
 
 # The public network ---------------------------------------------------------------------------------------------------
@@ -180,20 +201,20 @@ def _expected(case: PhotoCase) -> Outputs:
 
 def _published_arguments(pair: PublishedModel, case: PhotoCase, image: Tensor, mask: Tensor) -> Any:
     if case.name == "edge_connect":
-        return image, _guidance(case)["canny_edges"], mask
+        return image, case.guidance["canny_edges"], mask
     return pair.arguments(image, mask)
 
 
 def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
     pair = case.published
     assert pair is not None
-    network = _public_network(pair, case.folder)
-    image, hole = _photo(case)
+    network = _public_network(pair, case.folder).to(case.device)
+    image, hole = case.photo
     mask = hole.to(image.dtype)
     arguments = _published_arguments(pair, case, image * (1 - mask), mask)
 
     def fill() -> Outputs:
-        with torch.no_grad(), pair.peer.running(torch.zeros(())):
+        with torch.no_grad(), products_in(case.precision), pair.peer.running(torch.zeros((), device=case.device)):
             outputs = tensors_in(network(*arguments))
         output = pair.picture(outputs[: 1 + pair.coarse][-1])
         return (torch.where(hole, output.clamp(0, 1), image),)
@@ -222,7 +243,7 @@ def _least_published_bytes(case: PhotoCase) -> int | None:
         return None
     if case.side <= 512:
         return 0  # each of them runs there
-    network = _public_network(pair, case.folder)
+    network = _public_network(pair, case.folder).to("cpu")
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pair.peer.running(torch.zeros(())):
         image, mask = (torch.empty(1, channels, *case.size) for channels in (3, 1))

@@ -20,6 +20,8 @@ POOL, TOLERANCE = 16, 5e-2
 class PublishedRace:
     """A case of :mod:`.harness`; hashable, as its cases are."""
 
+    device: str = "cpu"
+
     def runner(self, name: str) -> Callable[[], Outputs]:
         """What the provider of that name does; it returns the final pictures."""
         raise NotImplementedError
@@ -41,7 +43,9 @@ class PublishedRace:
         return (PUBLISHED, PUBLISHED_LAST, OURS)
 
     def provider(self, name: str) -> Provider:
-        return Provider(name, run=self.runner(name), expected=functools.partial(_expected, self), select=means)
+        return Provider(
+            name, run=self.runner(name), expected=functools.partial(_expected, self), select=means, device=self.device
+        )
 
 
 @functools.lru_cache(maxsize=1)

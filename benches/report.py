@@ -181,6 +181,8 @@ def _best_port(contenders: dict[str, Contender]) -> Contender | None:
 
 
 def _title(facts: dict[str, Any]) -> str:
+    if "flops" not in facts and facts["op"] in ("photo", "training"):
+        return facts["case"].removesuffix(f"-{facts['precision']}")  # the network, its sizes
     side = facts.get("pixels_per_position", 4) * facts["size"]
     if facts["op"] == COHERENT_OP:
         return f"CSA, {side}x{side} image, {facts['size'] ** 2:,} positions, {facts['direction']}"
@@ -571,7 +573,7 @@ def _gpu_rows(contenders: dict[str, Contender], ceilings: dict[str, Any] | None)
             contender.name,
             seconds(contender.wall),
             "" if ours is None or contender is ours else f"{contender.times_slower_than(ours):.2f}x",
-            "" if ceilings is None else f"{contender.wall / floor(facts, ceilings):.1f}x",
+            "" if ceilings is None or "flops" not in facts else f"{contender.wall / floor(facts, ceilings):.1f}x",
             mebibytes(contender.peak_mib),
             _largest_error(contender),
             "" if facts["noise"] is None else f"{facts['noise']:.0%}",

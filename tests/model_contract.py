@@ -37,6 +37,7 @@ class Case:
         has_least_size: whether images of one multiple of its sizes are too small.
         tolerance: between two ways to round.
         short_error: of bfloat16, relative; that of float16 is an eighth, as are its rounding errors.
+        device: where model, guidance and inputs are.
     """
 
     model: InpaintingModel
@@ -47,10 +48,17 @@ class Case:
     has_least_size: bool = True
     tolerance: float = 1e-5
     short_error: float = 0.02
+    device: str = "cpu"
 
     def inputs(self, batch: int = 2) -> tuple[Tensor, Tensor]:
         """Images and masks, each its own."""
-        return hashed_image(self.size, batch).float(), holes(self.size, batch).float()
+        image, mask = hashed_image(self.size, batch), holes(self.size, batch)
+        return image.float().to(self.device), mask.float().to(self.device)
+
+    def on(self, device: str) -> Case:
+        """The same there, the model a copy."""
+        guidance = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.guidance.items()}
+        return dataclasses.replace(self, model=copy.deepcopy(self.model).to(device), guidance=guidance, device=device)
 
     def with_model(self, model: InpaintingModel) -> Case:
         """Another model, called in the same way."""
@@ -224,7 +232,7 @@ def short_dtypes_are_close(case: Case) -> None:
 
 def autocast_is_close_and_attends_in_float32(case: Case) -> None:
     image, mask = case.inputs()
-    with recording_dtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
+    with recording_dtypes() as dtypes, torch.autocast(case.device, torch.bfloat16):
         result = case.run(image, mask)
     assert {value.dtype for value in maps_of(result).values()} == {torch.float32}
     assert relative_error(result.completed, case.run(image, mask).completed) <= case.short_error

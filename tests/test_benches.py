@@ -20,9 +20,7 @@ from benches import bench_contextual_attention as bench
 from benches import convolution_case, gpu_convolutions, gpu_hog, harness, hog_case, peers, race_results, report
 from benches.bench_contextual_attention import AttentionCase
 from benches.convolution_case import (
-    BFLOAT16,
     DEEPFILL_V2,
-    FLOAT32,
     GLCIC,
     NETWORKS,
     PCONV_UNET,
@@ -30,6 +28,7 @@ from benches.convolution_case import (
     ConvolutionCase,
     Layer,
 )
+from benches.harness import BFLOAT16, FLOAT32
 from benches.hog_case import HogCase
 from inpaint_kernels.reference import contextual_attention as reference
 

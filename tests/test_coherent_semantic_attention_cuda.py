@@ -13,7 +13,7 @@ from torch import Tensor
 from benches import evidence, harness, report
 from benches import gpu_coherent_semantic_attention as bench
 from benches.gpu_coherent_semantic_attention import GpuCoherentCase
-from benches.gpu_contextual_attention import BFLOAT16, FLOAT32
+from benches.harness import BFLOAT16, FLOAT32
 from inpaint_kernels import _native, coherent_semantic_attention
 from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
 from inpaint_kernels.reference import coherent_semantic_attention as reference

@@ -1,0 +1,82 @@
+"""Whole networks on a GPU: photos of 2000x2000 and holes in them, and training steps.
+
+Photos as bench_photo.py has them, of the whole field those that fit: whole maps, strips, the hole alone, and the public
+network where a folder of checkouts is given (``INPAINT_PEERS``) and it holds less than 5 GiB in its tensors. Training
+steps as bench_training.py has them, of 16 images of 256x256, with the public network.
+
+No floor is named: what a network needs at least is the sum of its ops', which have cases of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benches.harness import BFLOAT16, FLOAT32, TF32
+from benches.photo_case import MODELS, PhotoCase
+from benches.published_models import available_pairs
+from benches.published_race import PUBLISHED
+from benches.training_case import TrainingCase
+
+SIDE: Final = 2000
+HOLE: Final = 400
+SYSTEMS: Final = ("deepfill_v1-daa233", "deepfill_v2-nipponjo", "glcic-otenim")
+
+
+@dataclass(frozen=True)
+class GpuPhotoCase(PhotoCase):
+    """One race: a model and a photo with a hole, in one precision."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-{self.precision}"
+
+    @property
+    def provider_names(self) -> tuple[str, ...]:
+        """The public networks' own products are those of float32 maps."""
+        names = super().provider_names
+        return names if self.precision != BFLOAT16 else tuple(name for name in names if name != PUBLISHED)
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "op": "photo",
+            "case": str(self),
+            "model": self.name,
+            "height": self.size[0],
+            "width": self.size[1],
+            "hole": self.hole,
+            "batch": 1,
+            "direction": "inference",
+            "precision": self.precision,
+        }
+
+
+@dataclass(frozen=True)
+class GpuTrainingCase(TrainingCase):
+    """One race: a training step of a generator, in one precision."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-{self.precision}"
+
+    def facts(self) -> Mapping[str, Any]:
+        return {**super().facts(), "precision": self.precision}
+
+
+def cases() -> list[GpuPhotoCase | GpuTrainingCase]:
+    """What ``make gpu`` runs, the most wanted first: time may run out."""
+    given = os.environ.get("INPAINT_PEERS")
+    peers = Path(given) if given else None
+    photos = [
+        GpuPhotoCase(name, SIDE, HOLE, peers, "cuda", precision)
+        for precision in (FLOAT32, BFLOAT16, TF32)
+        for name in MODELS
+    ]
+    steps = [
+        GpuTrainingCase(name, 256, 16, peers, "cuda", precision)
+        for name in SYSTEMS
+        if peers is not None and name in available_pairs(peers)
+        for precision in (TF32, FLOAT32)
+    ]
+    return [*steps[:1], *photos, *steps[1:]]
