@@ -508,6 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.part == "tests":
         return run_tests(options.path, ["-m", "gpu", *gpu_test_files()])
     else:
+        make_models_importable()
         run_bench(importlib.import_module(f"benches.gpu_{options.op}").cases(), options.path, options.seconds)
     return 0
 

@@ -2,8 +2,8 @@
 
 C = 512, one square hole of a quarter of the map, at 1/8 of the image: 32x32 is the published network's 256x256 image,
 250x250 one of 2000x2000. Features are smoothed and positive, as the network's are: their recurrence forgets, so that
-float32 follows it to the end. Where the maps are large the gate compares the first rows of the hole, with all keys: of
-15,625 queries a few have two keys whose scores are equal to the last bits, and float64 may take the other one.
+float32 follows it to the end. Where the maps are larger than that the gate compares the first rows of the hole, with all
+keys: of 1,024 queries one may have two keys whose scores are equal to the last bits, and float64 takes the other one.
 
 Launches and the length of dependency chains decide the smallest case, of which floors and predictions know nothing: on
 an H200 an estimate of it is 45 us, 19 of them in the 256 steps of the recurrence.
@@ -33,6 +33,8 @@ PRODUCTS: Final = "products alone"
 CHANNELS: Final = 512
 PIXELS_PER_POSITION: Final = 8
 LARGEST_NAIVE_SIZE: Final = 64
+"""Beyond it the loop of the reference takes no part."""
+LARGEST_FULLY_GATED_SIZE: Final = 32
 CHECKED_ROWS: Final = 4
 # Largest differences of outputs and gradients that are no mistake, over the largest magnitude.
 TOLERANCES: Final = {FLOAT32: (1e-4, 1e-3), BFLOAT16: (2e-2, 1e-1)}
@@ -71,8 +73,8 @@ class GpuCoherentCase:
 
     @property
     def is_small(self) -> bool:
-        """Whether the loop of the reference takes part, and the gate compares everything."""
-        return self.size <= LARGEST_NAIVE_SIZE
+        """Whether the gate compares everything."""
+        return self.size <= LARGEST_FULLY_GATED_SIZE
 
     @property
     def is_filtered(self) -> bool:
@@ -89,7 +91,7 @@ class GpuCoherentCase:
 
     @property
     def provider_names(self) -> list[str]:
-        if self.is_small and self.batch == 1:
+        if self.size <= LARGEST_NAIVE_SIZE and self.batch == 1:
             return [OURS, PORTABLE, NAIVE]
         return [OURS, PORTABLE, *([PRODUCTS] if self.gradient is None else [])]
 

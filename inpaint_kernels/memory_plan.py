@@ -77,8 +77,11 @@ def estimate_memory(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), autocast, working_memory(working_bytes):
         image = torch.empty(1, 3, height, width, dtype=parameter.dtype, device=parameter.device)
         mask = torch.empty(1, 1, height, width, dtype=torch.bool, device=parameter.device)
-        with memory, _workspaces.listening(memory.hold):
-            model(image, mask, region="full" if boxes is None else boxes, **guidance)
+        try:
+            with memory, _workspaces.listening(memory.hold):
+                model(image, mask, region="full" if boxes is None else boxes, **guidance)
+        finally:
+            torch.clear_autocast_cache()  # or a caller's own autocast would go on with weights without memory
     return memory.peak + _bytes_of_kept_weights(model) + _BYTES_OF_KERNELS
 
 

@@ -79,7 +79,7 @@ def maps_of(result: InpaintResult) -> dict[str, Tensor]:
 def assert_same(actual: InpaintResult, expected: InpaintResult, tolerance: float) -> None:
     assert maps_of(actual).keys() == maps_of(expected).keys()
     for name, value in maps_of(expected).items():
-        assert (maps_of(actual)[name] - value).abs().max() <= tolerance, name
+        assert float((maps_of(actual)[name] - value).abs().max()) <= tolerance, name
 
 
 def record_inputs(monkeypatch: pytest.MonkeyPatch, *networks: nn.Module) -> list[tuple[Tensor, ...]]:

@@ -128,6 +128,18 @@ def test_an_estimate_takes_no_memory_and_leaves_no_trace():
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
 
 
+def test_a_planned_run_in_autocast_has_the_models_own_weights():
+    """Autocast keeps short copies of weights, and those of an estimate are without memory."""
+    model = EdgeConnect(residual_blocks=1).eval()
+    image, mask = photo(32, 32), holes(32, 32, (10, 10, 20, 20))
+    plain, planned = (
+        inpaint(model, image, mask, dtype=torch.bfloat16, memory=memory, **guidance_of(model, 32)).completed
+        for memory in (None, GIB)
+    )
+    assert type(planned) is torch.Tensor
+    assert torch.equal(planned, plain)
+
+
 def test_guided_models_are_estimated_with_their_guidance():
     model = DeepFillV2(narrow(squash="tanh"), guided=True).eval()
     assert estimate_memory(model, 64, 64, sketch=torch.zeros(1, 1, 64, 64)) > 0

@@ -35,12 +35,12 @@ PROMISES = [promise for promise in CONTRACT if promise is not errors_name_the_ar
 
 @pytest.fixture(autouse=True)
 def _plain_float32(_reproducible: None) -> Iterator[None]:
-    """No tf32, and the memory fraction of the test before is forgotten."""
+    """No tf32, the same bits again, and the memory fraction of the test before is forgotten."""
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     yield
-    cudnn.allow_tf32 = before
+    cudnn.allow_tf32, cudnn.deterministic = before
     if DEVICE == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
