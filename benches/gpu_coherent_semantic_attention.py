@@ -2,8 +2,8 @@
 
 C = 512, one square hole of a quarter of the map, at 1/8 of the image: 32x32 is the published network's 256x256 image,
 250x250 one of 2000x2000. Features are smoothed and positive, as the network's are: their recurrence forgets, so that
-float32 follows it to the end. Where the maps are larger than that the gate compares the first rows of the hole, with all
-keys: of 1,024 queries one may have two keys whose scores are equal to the last bits, and float64 takes the other one.
+float32 follows it to the end. Of larger maps than that the gate compares the first rows of the hole, with all keys: one
+of 1,024 queries may have two keys whose scores are equal to the last bits, and float64 takes the other one.
 
 Launches and the length of dependency chains decide the smallest case, of which floors and predictions know nothing: on
 an H200 an estimate of it is 45 us, 19 of them in the 256 steps of the recurrence.

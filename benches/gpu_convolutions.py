@@ -5,8 +5,8 @@ in bfloat16, tf32 and float32. torch.compile takes part in channels_last, the la
 choose the quickest of its algorithms for everybody.
 
 Where Triton has two ways, the epilogue inside its own product or behind cuDNN's, both are timed beside the one that the
-op goes: of these figures its rule is made. Dilated layers also race with torch's deterministic algorithms asked for: in
-NCHW torch then leaves cuDNN (pytorch#28777).
+op goes: of these figures its rule is made. Dilated layers also race with deterministic algorithms asked for, for which
+torch once left cuDNN (pytorch#28777); 2.11 does not.
 """
 
 from __future__ import annotations

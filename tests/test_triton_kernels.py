@@ -422,23 +422,6 @@ def test_same_bits_twice(inside, monkeypatch):
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_deterministic_dilated_convolution_avoids_nchw(monkeypatch):
-    seen = []
-
-    def convolve(x: Tensor, *args: Any) -> Tensor:
-        seen.append(x.is_contiguous(memory_format=CHANNELS_LAST))
-        return sums(x, *args)
-
-    monkeypatch.setattr("inpaint_kernels.triton_kernels._cudnn.convolve", convolve)
-    x, weight = random(1, 4, 6, 6), random_weight(4, 4, (3, 3))
-    for deterministic in (True, False):
-        with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic):
-            y = dilated_conv2d.activation_behind_cudnn(x, weight, None, SAME_3, NONE, None)
-        assert y.is_contiguous()
-        assert_close(y, expected_sums(x, weight, None, SAME_3))
-    assert seen == [True, False]
-
-
 # ---- Choices ---------------------------------------------------------------------------------------------------------
 
 

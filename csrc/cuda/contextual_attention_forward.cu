@@ -14,7 +14,13 @@
 namespace inpaint {
 namespace {
 
+constexpr int kScoreWalk = 32;  // queries of a thread that computes scores; the first costs as much as ten others
 constexpr int kPasteThreads = 256;
+constexpr int kPasteCells = 16;  // neighbours, over which a thread walks
+
+// Blocks of scores that shall share a multiprocessor: as many as registers for the borders of maps allow.
+template <class T>
+constexpr int kScoreBlocks = sizeof(T) == 4 ? 5 : 4;
 
 // ---- Rows of the correlations ------------------------------------------------------------------------------------
 
@@ -59,9 +65,6 @@ struct PlainSteps {
   }
   __device__ bool has_down(int e) const { return e >= first_e && e <= last_e; }
   __device__ bool has_right(int d) const { return d >= first_d && d <= last_d; }
-  __device__ bool are_all(int half) const {
-    return has_down(-half) && has_down(half) && has_right(-half) && has_right(half);
-  }
 };
 
 // What S(p, q) sums beyond the plain steps, term by term: everything for a general patch and fuse, a third or less at
@@ -79,138 +82,217 @@ __device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlati
   return sum;
 }
 
-// The correlations that S of a walk's present step sums, as a window that slides along the diagonal. It has those of
-// plain steps of the fuse; among them key columns may wrap, and patches may reach outside of the maps.
+// The scores of a walk along a diagonal, whose queries and keys go one to the right with every step. Of the sums that S
+// consists of, only one column of each is new in a step; what stays is kept in registers:
+//
+//   columns  G summed down a column of a patch, for every step of the fuse along columns and every column of the patch
+//   fused    patch scores over their norm, for every plain step of the fuse
+//
+// A term's address grows by a constant, and whether it exists is one comparison: integer instructions, not memory,
+// bounded the kernel that asked for each term where it lies (930 instructions per score on an H100, now 130).
 template <class T, int kPatch, int kHalf>
-class DiagonalWindow {
+class DiagonalScores {
  public:
-  static constexpr int kBefore = (kPatch - 1) / 2, kAfter = kPatch - 1 - kBefore;
-  static constexpr int kLow = kBefore + kHalf, kHigh = kAfter + kHalf, kSide = kLow + kHigh + 1;
+  static constexpr int kBefore = (kPatch - 1) / 2, kSteps = 2 * kHalf + 1;
+  static constexpr int kLow = kBefore + kHalf, kRows = kPatch + 2 * kHalf;
 
-  __device__ DiagonalWindow(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm)
-      : tile_(tile), correlations_(correlations), inverse_norm_(inverse_norm) {}
-
-  // The column of terms `kHigh` to the right of (y, x) and key f enters, the leftmost one leaves.
-  __device__ void slide(int64_t y, int64_t x, int64_t f) {
+  // A walk from query (y, x_begin), in a tile, and key `key` on.
+  __device__ DiagonalScores(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm, int y,
+                            int x_begin, int key)
+      : correlations_(correlations.values),
+        inverse_norm_(inverse_norm),
+        stride_(static_cast<unsigned>(correlations.columns) + 1),
+        keys_(static_cast<unsigned>(tile.keys())),
+        key_width_(static_cast<int>(tile.key_width)),
+        width_(static_cast<unsigned>(tile.query_width)),
+        column_(x_begin - kLow) {
+    const int height = static_cast<int>(tile.query_height), first_column = max(column_, 0);
 #pragma unroll
-    for (int a = 0; a < kSide; ++a) {
-#pragma unroll
-      for (int b = 0; b + 1 < kSide; ++b) window_[a][b] = window_[a][b + 1];
-      window_[a][kSide - 1] = term(y + a - kLow, x + kHigh, f + kHigh + (a - kLow) * tile_.key_width);
+    for (int a = 0; a < kRows; ++a) {
+      const int row_y = y + a - kLow;
+      const bool has_row = row_y >= 0 && row_y < height;
+      key_[a] = has_row ? key - kLow + (a - kLow) * key_width_ : kNoKey;
+      // Neighbours in a line of the map are neighbours in the matrix.
+      const int row = has_row ? correlations.row_of[row_y * static_cast<int>(width_) + first_column] : 0;
+      at_[a] = static_cast<unsigned>(row + column_ - first_column) * (stride_ - 1) + static_cast<unsigned>(key_[a]);
     }
+#pragma unroll 1
+    for (int lead = 0; lead < kPatch - 1; ++lead) enter();
+    KeyCursor before(tile, key - 2 * kHalf);
+#pragma unroll 1
+    for (int lead = 0; lead < 2 * kHalf; ++lead, before.advance(tile)) step(before);
+  }
+
+  // The next query, and its key.
+  __device__ __forceinline__ void step(const KeyCursor& key) {
+    T norm[kSteps];
 #pragma unroll
-    for (int e = 0; e <= 2 * kHalf; ++e) {
+    for (int e = 0; e < kSteps; ++e) {
+      const int q = key.f + kHalf + (e - kHalf) * key_width_;
+      norm[e] = static_cast<unsigned>(q) < keys_ ? inverse_norm_[q] : T(0);
+    }
+    enter();
+    int column = key.u + kHalf;  // of the fused neighbour that enters, which may lie in the next line
+    if (column >= key_width_) column -= key_width_;
 #pragma unroll
-      for (int d = 0; d < 2 * kHalf; ++d) norm_[e][d] = norm_[e][d + 1];
-      const int64_t q = f + kHalf + (e - kHalf) * tile_.key_width;
-      norm_[e][2 * kHalf] = q >= 0 && q < tile_.keys() ? inverse_norm_[q] : T(0);
+    for (int e = 0; e < kSteps; ++e) {
+      T patch = columns_[e][kBefore];
+#pragma unroll
+      for (int dx = 0; dx < kPatch; ++dx) {
+        if (dx == kBefore) continue;
+        const bool inside = static_cast<unsigned>(column + dx - kBefore) < static_cast<unsigned>(key_width_);
+        patch += inside ? columns_[e][dx] : T(0);
+      }
+#pragma unroll
+      for (int d = 0; d + 1 < kSteps; ++d) fused_[e][d] = fused_[e][d + 1];
+      fused_[e][kSteps - 1] = patch * norm[e];
     }
   }
 
-  // The part of S(p, key f) that plain steps contribute, f in column u of the keys.
-  __device__ T score(int64_t u, const PlainSteps& plain) const {
+  // S, where all steps of the fuse are plain.
+  __device__ __forceinline__ T score() const {
     T sum = 0;
 #pragma unroll
-    for (int d = 0; d <= 2 * kHalf; ++d) {
-      if (!plain.has_right(d - kHalf)) continue;
-      int64_t column = u + d - kHalf;  // of the fused neighbour, which may lie in the row before or after
-      column += column < 0 ? tile_.key_width : column >= tile_.key_width ? -tile_.key_width : 0;
-      T across[kSide];
+    for (int d = 0; d < kSteps; ++d) {
 #pragma unroll
-      for (int a = 0; a < kSide; ++a) {
-        across[a] = 0;
+      for (int e = 0; e < kSteps; ++e) sum = d + e == 0 ? fused_[e][d] : sum + fused_[e][d];
+    }
+    return sum;
+  }
+
+  // The part of S that plain steps contribute.
+  __device__ T score(const PlainSteps& plain) const {
+    T sum = 0;
 #pragma unroll
-        for (int dx = 0; dx < kPatch; ++dx) {
-          const int64_t at = column + dx - kBefore;
-          if (at >= 0 && at < tile_.key_width) across[a] += window_[a][d + dx];
-        }
-      }
+    for (int d = 0; d < kSteps; ++d) {
 #pragma unroll
-      for (int e = 0; e <= 2 * kHalf; ++e) {
-        if (!plain.has_down(e - kHalf)) continue;
-        T patch = 0;
-#pragma unroll
-        for (int dy = 0; dy < kPatch; ++dy) patch += across[e + dy];
-        sum += patch * norm_[e][d];
-      }
+      for (int e = 0; e < kSteps; ++e)
+        if (plain.has_right(d - kHalf) && plain.has_down(e - kHalf)) sum += fused_[e][d];
     }
     return sum;
   }
 
  private:
-  __device__ T term(int64_t y, int64_t x, int64_t q) const {
-    if (y < 0 || y >= tile_.query_height || x < 0 || x >= tile_.query_width || q < 0 || q >= tile_.keys()) return T(0);
-    return correlations_(y * tile_.query_width + x, q);
+  static constexpr int kNoKey = -(1 << 30);  // stays negative
+
+  // The next column of terms.
+  __device__ __forceinline__ void enter() {
+    T terms[kRows];
+    const bool has_column = static_cast<unsigned>(column_) < width_;
+#pragma unroll
+    for (int a = 0; a < kRows; ++a) {
+      terms[a] = has_column && static_cast<unsigned>(key_[a]) < keys_ ? correlations_[at_[a]] : T(0);
+      at_[a] += stride_;
+      ++key_[a];
+    }
+    ++column_;
+#pragma unroll
+    for (int e = 0; e < kSteps; ++e) {
+#pragma unroll
+      for (int dx = 0; dx + 1 < kPatch; ++dx) columns_[e][dx] = columns_[e][dx + 1];
+      T sum = terms[e];
+#pragma unroll
+      for (int dy = 1; dy < kPatch; ++dy) sum += terms[e + dy];
+      columns_[e][kPatch - 1] = sum;
+    }
   }
 
-  const AttentionTile& tile_;
-  const Pairs<T>& correlations_;
-  const T* inverse_norm_;
-  T window_[kSide][kSide] = {};
-  T norm_[2 * kHalf + 1][2 * kHalf + 1] = {};
+  const T* __restrict__ correlations_;
+  const T* __restrict__ inverse_norm_;
+  unsigned stride_;
+  unsigned at_[kRows];  // of the next term of each row; the host has made sure that a matrix has less than 2^32
+  int key_[kRows];      // and its key
+  unsigned keys_;
+  int key_width_;
+  unsigned width_;
+  int column_;  // of the next terms
+  T columns_[kSteps][kPatch] = {};
+  T fused_[kSteps][kSteps] = {};
+};
+
+// In place of it for a general patch and fuse: no step is plain.
+template <class T, int kHalf>
+class DiagonalScores<T, 0, kHalf> {
+ public:
+  __device__ DiagonalScores(const AttentionTile&, const Pairs<T>&, const T*, int, int, int) {}
+  __device__ void step(const KeyCursor&) {}
+  __device__ T score() const { return 0; }
+  __device__ T score(const PlainSteps&) const { return 0; }
 };
 
 // Maximum and sum of exponentials of a warp's logits of one query, in every lane; a lane without one passes -inf.
 template <class T>
 __device__ void warp_statistics(T logit, T* maximum, T* sum) {
-  T most = logit;
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, most, step);
-    most = other > most ? other : most;
-  }
-  T total = most == -INFINITY ? T(0) : exp(logit - most);
+  const T most = warp_maximum(logit);
+  T total = most == -INFINITY ? T(0) : exp_of_difference(logit, most);
   if (logit != logit) total = logit;  // a NaN shall reach every probability of its query
   *maximum = most;
   *sum = warp_sum(total);
 }
 
 // logits [samples, queries, logit columns]; partial [samples][2][queries][partials]: one maximum and one sum of
-// exponentials per query and warp. Block (i, j): keys from i * kWalkThreads - (kWalk - 1) on, walk j. kPatch 0: any
-// patch and fuse.
+// exponentials per query and warp. Block (i, j): keys from i * kWalkThreads - (kScoreWalk - 1) on, walk j. kPatch 0:
+// any patch and fuse.
 template <class T, int kPatch, int kHalf>
-__global__ void __launch_bounds__(kWalkThreads, 1)
+__global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
     contextual_attention_scores_kernel(AttentionTile tile, Pairs<T> correlations, const T* __restrict__ inverse_norm,
                                        const T* __restrict__ factor, const T* __restrict__ offset,
-                                       T* __restrict__ logits, T* __restrict__ partial, int64_t partials) {
-  constexpr bool kWindowed = kPatch > 0;
-  using Window = DiagonalWindow<T, kWindowed ? kPatch : 1, kHalf>;
+                                       T* __restrict__ logits, T* __restrict__ partial, int partials) {
   const int64_t sample = blockIdx.z;
-  correlations.values += sample * tile.pixels * tile.key_columns;
-  inverse_norm += sample * tile.keys();
-  factor += sample * tile.logit_columns();
-  offset += sample * tile.logit_columns();
+  correlations.values = kept(correlations.values + sample * tile.pixels * tile.key_columns);
+  inverse_norm = kept(inverse_norm + sample * tile.keys());
+  factor = kept(factor + sample * tile.logit_columns());
+  offset = kept(offset + sample * tile.logit_columns());
   logits += sample * tile.queries() * tile.logit_columns();
   partial += sample * 2 * tile.queries() * partials;
-  const int64_t walks = ceil_div(tile.width, kWalk);
-  const int64_t lane_key = global_thread() - (kWalk - 1);
-  const int64_t warp = global_thread() / kWarp;
-  for (int64_t walk = blockIdx.y; walk < tile.height * walks; walk += gridDim.y) {
-    const int64_t y = tile.top + walk / walks, x_begin = tile.left + walk % walks * kWalk;
-    const int64_t x_end = min(x_begin + kWalk, tile.left + tile.width);
-    Window window(tile, correlations, inverse_norm);
-    if (kWindowed)
-      for (int64_t lead = -(Window::kSide - 1); lead < 0; ++lead) window.slide(y, x_begin + lead, lane_key + lead);
+  const int keys = static_cast<int>(tile.keys()), key_cell_width = static_cast<int>(tile.key_cell_width);
+  const int top = static_cast<int>(tile.top), left = static_cast<int>(tile.left);
+  const int height = static_cast<int>(tile.height), width = static_cast<int>(tile.width);
+  const int walks = (width + kScoreWalk - 1) / kScoreWalk, line = static_cast<int>(tile.logit_columns());
+  // Where no step of the fuse wraps around; nowhere for a general fuse.
+  const unsigned inner_rows = kPatch == 0 ? 0u : max(static_cast<int>(tile.query_height) - 2 * kHalf, 0);
+  const unsigned inner_columns = max(static_cast<int>(tile.query_width) - 2 * kHalf, 0);
+  const unsigned inner_key_rows = max(static_cast<int>(tile.key_height) - 2 * kHalf, 0);
+  const int lane_key = static_cast<int>(global_thread()) - (kScoreWalk - 1);
+  const bool is_first_lane = threadIdx.x % kWarp == 0;
+  for (int walk = blockIdx.y; walk < height * walks; walk += gridDim.y) {
+    const int row = walk / walks, column = (walk - row * walks) * kScoreWalk;
+    const int y = top + row, x_begin = left + column, x_end = min(x_begin + kScoreWalk, left + width);
+    DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, lane_key);
     KeyCursor key(tile, lane_key);
-    for (int64_t x = x_begin; x < x_end; ++x, key.advance(tile)) {
-      if (kWindowed) window.slide(y, x, key.f);
+    T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
+    T* own_partial = kept(partial + int64_t{row * width + column} * partials + global_thread() / kWarp);
+    T* own_sums = kept(own_partial + tile.queries() * partials);
+    const bool y_is_inner = static_cast<unsigned>(y - kHalf) < inner_rows;
+#pragma unroll 1
+    for (int x = x_begin; x < x_end; ++x) {
+      scores.step(key);
       T logit = -INFINITY;
-      const int64_t row = tile.row(y, x);
-      if (key.f >= 0 && key.f < tile.keys()) {
-        const GridPosition p{static_cast<int>(y), static_cast<int>(x)}, q{key.v, key.u};
-        const PlainSteps plain = kWindowed ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
-        T score = kWindowed ? window.score(key.u, plain) : T(0);
-        if (!kWindowed || !plain.are_all(kHalf)) score += wrapping_score(tile, correlations, inverse_norm, p, q, plain);
-        const int64_t at = key.v * tile.key_cell_width + key.u;
-        logit = score * factor[at] + offset[at];
-        logits[row * tile.logit_columns() + at] = logit;
+      if (static_cast<unsigned>(key.f) < static_cast<unsigned>(keys)) {
+        const int at = key.v * key_cell_width + key.u;
+        const T scale = factor[at], bias = offset[at];
+        T score;
+        if (y_is_inner && static_cast<unsigned>(x - kHalf) < inner_columns &&
+            static_cast<unsigned>(key.v - kHalf) < inner_key_rows) {
+          score = scores.score();
+        } else {
+          const GridPosition p{y, x}, q{key.v, key.u};
+          const PlainSteps plain = kPatch > 0 ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
+          score = scores.score(plain) + wrapping_score(tile, correlations, inverse_norm, p, q, plain);
+        }
+        logit = score * scale + bias;
+        own_logits[at] = logit;
       }
       T maximum, sum;
       warp_statistics(logit, &maximum, &sum);
-      if (threadIdx.x % kWarp == 0) {
-        partial[row * partials + warp] = maximum;
-        partial[(tile.queries() + row) * partials + warp] = sum;
+      if (is_first_lane) {
+        *own_partial = maximum;
+        *own_sums = sum;
       }
+      own_logits += line;
+      own_partial += partials;
+      own_sums += partials;
+      key.advance(tile);
     }
   }
 }
@@ -255,64 +337,194 @@ __global__ void contextual_attention_statistics_kernel(const T* __restrict__ par
 // ---- Paste -------------------------------------------------------------------------------------------------------
 
 // weights [samples, cells, key cells] of type W: B(c, w) = sum of A(c - e, w - e) over e in [0, reach_y) x [0,
-// reach_x). A thread takes four neighbouring w. Terms with e_x = 0 are one access of 16 bytes, the others two and a
-// shift.
+// reach_x). A thread takes four neighbouring w and walks over kPasteCells neighbouring c.
 //
-// kDots, for the backward: also sums of A dA over keys, by query and steps of the paste. dA(p, q) is a sum of weight
-// gradients dB(p + e, q + e); a thread that holds dB(c, w) has the probabilities of all pairs that share it. dots
-// [samples, cells, reach_y * reach_x, warps]: of query c - e, by one warp of keys.
+// dots, for the backward, or null: also sums of A dA over keys, by query and steps of the paste. dA(p, q) is a sum of
+// weight gradients dB(p + e, q + e); a thread that holds dB(c, w) has the probabilities of all pairs that share it.
+// dots [samples, cells, reach_y * reach_x, warps]: of query c - e, by one warp of keys.
+template <class T, class W>
+struct PasteWeights {
+  Masking<T> masking;
+  const T* __restrict__ logits;
+  const T* __restrict__ statistics;
+  const T* __restrict__ gradients;
+  W* __restrict__ weights;
+  T* __restrict__ dots;
+
+  __device__ PasteWeights of_sample(const AttentionTile& tile, int64_t sample, int64_t warps) const {
+    const int64_t cells = sample * tile.cells();
+    return {masking.of_sample(tile, sample),
+            logits + sample * tile.queries() * tile.logit_columns(),
+            statistics + sample * 2 * tile.queries(),
+            gradients == nullptr ? nullptr : gradients + cells * tile.key_cells(),
+            weights + cells * tile.key_cells(),
+            dots == nullptr ? nullptr : dots + cells * tile.reach_y * tile.reach_x * warps};
+  }
+};
+
+template <class T, class W>
+__device__ __forceinline__ void store_rounded(W* address, const T (&values)[kQuad]) {
+  Quad<W> rounded;
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) rounded.at[k] = static_cast<W>(values[k]);
+  store_quad(address, rounded);
+}
+
+// Four neighbouring key cells: the first one, its line and its place in it.
+struct KeyCells {
+  int w, y, x;
+  bool exist;
+
+  __device__ KeyCells(const AttentionTile& tile, int64_t thread) : w(kQuad * static_cast<int>(thread)) {
+    const int width = static_cast<int>(tile.key_cell_width);
+    y = w / width;
+    x = w - y * width;
+    exist = w < tile.key_cells();
+  }
+};
+
+// The probabilities of one query line and one key line, for a thread that walks over the queries with its key cells
+// fixed. Key -1 is the one in front of the first: what a query adds to a cell, its left neighbour adds one key further,
+// so that three of four probabilities serve two cells.
+template <class T>
+class PastedLine {
+ public:
+  // Queries and keys `step` lines above cell line `y` and the key cells.
+  __device__ PastedLine(const AttentionTile& tile, const Masking<T>& masking, const T* logits, const T* statistics,
+                        int y, const KeyCells& cells, int step) {
+    const int line = y - step - static_cast<int>(tile.top), v = cells.y - step;
+    exists_ = cells.exist && v >= 0 && v < tile.key_height && line >= 0 && line < tile.height;
+    if (!exists_) return;
+    const int at = v * static_cast<int>(tile.key_cell_width) + cells.x;
+    logits_ = logits + line * tile.width * tile.logit_columns() + at;
+    statistics_ = statistics + line * tile.width;
+#pragma unroll
+    for (int k = 0; k <= kQuad; ++k) {
+      const int u = cells.x - 1 + k;
+      has_ |= (u >= 0 && u < tile.key_width ? 1 : 0) << k;
+      keep_[k] = masking.keep != nullptr && has(k) ? masking.keep[at - 1 + k] : T(1);
+    }
+  }
+
+  // Of query `column` of the tile, keys -1 to 3; 0 where there is none.
+  __device__ __forceinline__ void probabilities(const AttentionTile& tile, int column, T (&p)[kQuad + 1]) const {
+#pragma unroll
+    for (int k = 0; k <= kQuad; ++k) p[k] = 0;
+    if (!exists_ || static_cast<unsigned>(column) >= static_cast<unsigned>(tile.width)) return;
+    const T* line = logits_ + column * tile.logit_columns();
+    const T maximum = statistics_[column], inverse_sum = statistics_[column + tile.queries()];
+    const Quad<T> four = load_quad(line);
+    const T before = has(0) ? line[-1] : T(0);
+#pragma unroll
+    for (int k = 0; k <= kQuad; ++k) {
+      const T probability = softmax(k == 0 ? before : four.at[k - 1], maximum, inverse_sum) * keep_[k];
+      p[k] = has(k) ? probability : T(0);
+    }
+  }
+
+ private:
+  __device__ bool has(int k) const { return (has_ >> k & 1) != 0; }
+
+  bool exists_;
+  int has_ = 0;  // bit k: key k - 1 lies in the line
+  const T* __restrict__ logits_ = nullptr;
+  const T* __restrict__ statistics_ = nullptr;
+  T keep_[kQuad + 1] = {};
+};
+
+// Two steps along either axis and no floor, as nearly all networks have it.
 template <class T, class W, bool kDots>
-__global__ void __launch_bounds__(kPasteThreads, 1)
-    contextual_attention_paste_weights_kernel(AttentionTile tile, Masking<T> masking, const T* __restrict__ logits,
-                                              const T* __restrict__ statistics, const T* __restrict__ weight_gradients,
-                                              W* __restrict__ weights, T* __restrict__ dots) {
-  const int64_t sample = blockIdx.z;
-  masking = masking.of_sample(tile, sample);
-  logits += sample * tile.queries() * tile.logit_columns();
-  statistics += sample * 2 * tile.queries();
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warp = global_thread() / kWarp, warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
-  const int64_t w = kQuad * global_thread(), w_y = w / tile.key_cell_width, w_x = w - w_y * tile.key_cell_width;
-  const bool exists = w < tile.key_cells();
-  for (int64_t cell = blockIdx.y; cell < tile.cells(); cell += gridDim.y) {
-    const int64_t y = tile.cell_top + cell / tile.cell_width, x = tile.cell_left + cell % tile.cell_width;
-    const int64_t at = sample * tile.cells() + cell;
-    Quad<T> sum{}, gradient{};
-    if (kDots && exists) gradient = load_quad(weight_gradients + at * tile.key_cells() + w);
-    for (int64_t ey = 0; ey < tile.reach_y; ++ey) {
-      const int64_t v = w_y - ey;
-      for (int64_t ex = 0; ex < tile.reach_x; ++ex) {
+__device__ void paste_two_by_two(const AttentionTile& tile, const PasteWeights<T, W>& paste, const KeyCells& keys,
+                                 int64_t warp, int64_t warps) {
+  constexpr int kReach = 2;
+  const int cell_width = static_cast<int>(tile.cell_width), walks = (cell_width + kPasteCells - 1) / kPasteCells;
+  for (int walk = blockIdx.y; walk < tile.cell_height * walks; walk += gridDim.y) {
+    const int cell_y = walk / walks, begin = (walk - cell_y * walks) * kPasteCells;
+    const int end = min(begin + kPasteCells, cell_width), y = static_cast<int>(tile.cell_top) + cell_y;
+    const int to_column = static_cast<int>(tile.cell_left - tile.left);
+    const PastedLine<T> lines[kReach] = {{tile, paste.masking, paste.logits, paste.statistics, y, keys, 0},
+                                         {tile, paste.masking, paste.logits, paste.statistics, y, keys, 1}};
+    T left[kReach][kQuad + 1];  // of the query before
+#pragma unroll
+    for (int ey = 0; ey < kReach; ++ey) lines[ey].probabilities(tile, begin - 1 + to_column, left[ey]);
+#pragma unroll 1
+    for (int cell_x = begin; cell_x < end; ++cell_x) {
+      const int64_t cell = int64_t{cell_y} * cell_width + cell_x;
+      T sum[kQuad] = {};
+      Quad<T> gradient{};
+      if (kDots && keys.exist) gradient = load_quad(paste.gradients + cell * tile.key_cells() + keys.w);
+#pragma unroll
+      for (int ey = 0; ey < kReach; ++ey) {
+        T p[kQuad + 1], dot[kReach] = {};
+        lines[ey].probabilities(tile, cell_x + to_column, p);
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) {
+          sum[k] += p[k + 1];
+          sum[k] += left[ey][k];
+          if (kDots) dot[0] += p[k + 1] * gradient.at[k];
+          if (kDots) dot[1] += left[ey][k] * gradient.at[k];
+        }
+#pragma unroll
+        for (int k = 0; k <= kQuad; ++k) left[ey][k] = p[k];
+#pragma unroll
+        for (int ex = 0; kDots && ex < kReach; ++ex) {
+          const T total = warp_sum(dot[ex]);
+          if (threadIdx.x % kWarp == 0) paste.dots[((cell * kReach + ey) * kReach + ex) * warps + warp] = total;
+        }
+      }
+      if (keys.exist) store_rounded(paste.weights + cell * tile.key_cells() + keys.w, sum);
+    }
+  }
+}
+
+// Any number of steps, and a smallest probability: where it replaces one, the gradient stops.
+template <class T, class W, bool kDots>
+__device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& paste, const KeyCells& keys,
+                          int64_t warp, int64_t warps) {
+  const int cell_width = static_cast<int>(tile.cell_width), cells = static_cast<int>(tile.cells());
+  for (int cell = blockIdx.y; cell < cells; cell += gridDim.y) {
+    const int64_t y = tile.cell_top + cell / cell_width, x = tile.cell_left + cell % cell_width;
+    T sum[kQuad] = {};
+    Quad<T> gradient{};
+    if (kDots && keys.exist) gradient = load_quad(paste.gradients + cell * tile.key_cells() + keys.w);
+    for (int ey = 0; ey < tile.reach_y; ++ey) {
+      const int v = keys.y - ey;
+      for (int ex = 0; ex < tile.reach_x; ++ex) {
         const int64_t row = tile.row(y - ey, x - ex);
         T dot = 0;
-        if (exists && v >= 0 && v < tile.key_height && row >= 0) {
-          const T* line = logits + row * tile.logit_columns() + v * tile.key_cell_width;
-          const T maximum = statistics[row], inverse_sum = statistics[tile.queries() + row];
-          const Quad<T> logit = quad_from(line, w_x - ex, tile.key_cell_width);
-          Quad<T> keep{T(1), T(1), T(1), T(1)};
-          if (masking.keep != nullptr)
-            keep = quad_from(masking.keep + v * tile.key_cell_width, w_x - ex, tile.key_cell_width);
-#pragma unroll
+        if (keys.exist && v >= 0 && v < tile.key_height && row >= 0) {
+          const int at = v * static_cast<int>(tile.key_cell_width) + keys.x - ex;
+          const T maximum = paste.statistics[row], inverse_sum = paste.statistics[tile.queries() + row];
           for (int k = 0; k < kQuad; ++k) {
-            const int64_t u = w_x - ex + k;
+            const int u = keys.x - ex + k;
             if (u < 0 || u >= tile.key_width) continue;
-            const T p = softmax(logit.at[k], maximum, inverse_sum) * keep.at[k];
-            sum.at[k] += at_least(p, masking.floor);
-            if (kDots && !(p < masking.floor)) dot += p * gradient.at[k];
+            const T keep = paste.masking.keep == nullptr ? T(1) : paste.masking.keep[at + k];
+            const T p = softmax(paste.logits[row * tile.logit_columns() + at + k], maximum, inverse_sum) * keep;
+            sum[k] += at_least(p, paste.masking.floor);
+            if (kDots && !(p < paste.masking.floor)) dot += p * gradient.at[k];
           }
         }
         if (kDots) {
           dot = warp_sum(dot);
-          if (lane == 0) dots[((at * tile.reach_y + ey) * tile.reach_x + ex) * warps + warp] = dot;
+          const int64_t step = (cell * tile.reach_y + ey) * tile.reach_x + ex;
+          if (threadIdx.x % kWarp == 0) paste.dots[step * warps + warp] = dot;
         }
       }
     }
-    if (exists) {
-      Quad<W> rounded;
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) rounded.at[k] = static_cast<W>(sum.at[k]);
-      store_quad(weights + at * tile.key_cells() + w, rounded);
-    }
+    if (keys.exist) store_rounded(paste.weights + cell * tile.key_cells() + keys.w, sum);
   }
+}
+
+template <class T, class W, bool kTwoByTwo, bool kDots>
+__global__ void __launch_bounds__(kPasteThreads, 1)
+    contextual_attention_paste_weights_kernel(AttentionTile tile, PasteWeights<T, W> paste) {
+  const int64_t warp = global_thread() / kWarp, warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
+  const KeyCells keys(tile, global_thread());
+  const auto of_sample = paste.of_sample(tile, blockIdx.z, warps);
+  if (kTwoByTwo)
+    paste_two_by_two<T, W, kDots>(tile, of_sample, keys, warp, warps);
+  else
+    paste_any<T, W, kDots>(tile, of_sample, keys, warp, warps);
 }
 
 // The pixels of one group of phases: pixel (rate * cell + phase - pad) of a map, per axis phase in [first, last).
@@ -400,7 +612,7 @@ __global__ void contextual_attention_matches_kernel(AttentionTile tile, Masking<
 // ---- Launchers ---------------------------------------------------------------------------------------------------
 
 inline int64_t score_partials(const AttentionTile& tile) {
-  return ceil_div(tile.keys() + kWalk - 1, kWalkThreads) * (kWalkThreads / kWarp);
+  return ceil_div(tile.keys() + kScoreWalk - 1, kWalkThreads) * (kWalkThreads / kWarp);
 }
 
 inline int64_t paste_blocks(const AttentionTile& tile) { return ceil_div(tile.key_cells(), kQuad * kPasteThreads); }
@@ -420,12 +632,14 @@ inline void launch_rows(const int32_t* runs, int64_t count, int64_t rows, int32_
 template <class T>
 void launch_scores(const AttentionTile& tile, const T* correlations, const int32_t* row_of, const T* inverse_norm,
                    const T* factor, const T* offset, T* logits, T* partial, cudaStream_t stream) {
+  STD_TORCH_CHECK(tile.pixels * tile.key_columns < int64_t{1} << 32, "a tile has less than 2^32 correlations, got ",
+                  tile.pixels, " x ", tile.key_columns);
   const int64_t partials = score_partials(tile);
   const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp)),
-                    grid_y(tile.height * ceil_div(tile.width, kWalk)), grid_z(tile));
+                    grid_y(tile.height * ceil_div(tile.width, kScoreWalk)), grid_z(tile));
   const auto launch = [&](auto kernel) {
     launch_kernel(kernel, blocks, dim3(kWalkThreads), 0, stream, tile, Pairs<T>{correlations, row_of, tile.key_columns},
-                  inverse_norm, factor, offset, logits, partial, partials);
+                  inverse_norm, factor, offset, logits, partial, static_cast<int>(partials));
   };
   if (tile.patch == 3 && tile.half == 1)
     launch(contextual_attention_scores_kernel<T, 3, 1>);
@@ -449,15 +663,22 @@ void launch_statistics(const T* partial, T* statistics, int64_t samples, int64_t
 template <class T, class W>
 void launch_paste_weights(const AttentionTile& tile, const T* keep, T floor, const T* logits, const T* statistics,
                           const T* weight_gradients, W* weights, T* dots, cudaStream_t stream) {
-  const auto launch = [&](auto kernel) {
-    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile)), grid_y(tile.cells()), grid_z(tile)),
-                  dim3(kPasteThreads), 0, stream, tile, Masking<T>{keep, floor}, logits, statistics, weight_gradients,
-                  weights, dots);
+  const PasteWeights<T, W> paste{{keep, floor}, logits, statistics, weight_gradients, weights, dots};
+  const auto launch = [&](auto kernel, int64_t walks) {
+    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile)), grid_y(walks), grid_z(tile)),
+                  dim3(kPasteThreads), 0, stream, tile, paste);
   };
-  if (dots == nullptr)
-    launch(contextual_attention_paste_weights_kernel<T, W, false>);
-  else
-    launch(contextual_attention_paste_weights_kernel<T, W, true>);
+  if (tile.reach_y == 2 && tile.reach_x == 2 && floor < T(0)) {
+    const int64_t walks = tile.cell_height * ceil_div(tile.cell_width, kPasteCells);
+    if (dots == nullptr)
+      launch(contextual_attention_paste_weights_kernel<T, W, true, false>, walks);
+    else
+      launch(contextual_attention_paste_weights_kernel<T, W, true, true>, walks);
+  } else if (dots == nullptr) {
+    launch(contextual_attention_paste_weights_kernel<T, W, false, false>, tile.cells());
+  } else {
+    launch(contextual_attention_paste_weights_kernel<T, W, false, true>, tile.cells());
+  }
 }
 
 template <class T, class V>

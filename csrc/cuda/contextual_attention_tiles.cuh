@@ -94,7 +94,7 @@ struct Masking {
 
 template <class T>
 __device__ __forceinline__ T softmax(T logit, T maximum, T inverse_sum) {
-  return inverse_sum == T(0) ? T(0) : exp(logit - maximum) * inverse_sum;
+  return exp_of_difference(logit, maximum) * inverse_sum;  // 0 where no logit is finite: maximum and inverse_sum are
 }
 
 template <class T>
@@ -193,13 +193,12 @@ class PatchWindow {
 
 // Key f = v * key_width + u of a thread that walks; f may be negative or past the last key.
 struct KeyCursor {
-  int64_t f;
-  int v, u;
+  int f, v, u;
 
-  __device__ KeyCursor(const AttentionTile& tile, int64_t key) : f(key) {
-    const int width = static_cast<int>(tile.key_width), at = static_cast<int>(key);
-    v = at >= 0 ? at / width : -((width - 1 - at) / width);
-    u = at - v * width;
+  __device__ KeyCursor(const AttentionTile& tile, int64_t key) : f(static_cast<int>(key)) {
+    const int width = static_cast<int>(tile.key_width);
+    v = f >= 0 ? f / width : -((width - 1 - f) / width);
+    u = f - v * width;
   }
   __device__ void advance(const AttentionTile& tile) {
     ++f;

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inpaint_kernels.portable.hog import EPS, Settings
 from inpaint_kernels.triton_kernels._hog_borders import borders
+from inpaint_kernels.triton_kernels import _hog_launch as sizes
 from inpaint_kernels.triton_kernels._hog_launch import CellTile, block_tile, cell_tile
 from inpaint_kernels.triton_kernels._launch import Launch, needs_int64
 
@@ -211,6 +212,7 @@ def hog_cells_kernel(
     ARITHMETIC: tl.constexpr,
     SQRT: tl.constexpr,
     UNROLLED: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_CELLS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -237,7 +239,7 @@ def hog_cells_kernel(
         beside = tl.where((x > 0) & (x < width - 1), stride_x, 0)
         here = x * stride_x
         left, right = here - beside, here + beside
-        for i in range(CELL_ROWS):
+        for i in tl.range(CELL_ROWS, loop_unroll_factor=ROWS_AT_ONCE):
             y = cell_row * CELL_ROWS + i
             row = image + y * stride_y
             step = tl.where((y > 0) & (y < height - 1), stride_y, 0)
@@ -390,6 +392,7 @@ def fill_cells(images: Tensor, cells: Tensor, settings: Settings, arithmetic: st
         "ARITHMETIC": arithmetic,
         "SQRT": settings.transform_sqrt,
         "UNROLLED": channels <= MOST_UNROLLED_CHANNELS,
+        "ROWS_AT_ONCE": min(sizes.ROWS_AT_ONCE, settings.cell[0]),
         "WIDE": needs_int64(images, cells),
     }
     grid = (batch * rows * triton.cdiv(columns, tile.cells),)

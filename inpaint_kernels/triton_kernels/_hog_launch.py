@@ -15,6 +15,9 @@ from inpaint_kernels.portable.hog import Settings
 LANES = 128
 """Threads of a program, each a column of pixels."""
 
+ROWS_AT_ONCE = 4
+"""Rows of a cell whose pixels a thread asks for before it uses the first of them."""
+
 VALUES_OF_WARP = 1024
 """Values of the blocks that a warp normalises at a time, 32 of each thread."""
 
