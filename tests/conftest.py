@@ -18,6 +18,9 @@ THREADS = 2
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        for item in items:  # of a module that does on a GPU, where there is one, what it else does on the CPU
+            if isinstance(item, pytest.Function) and getattr(item.module, "DEVICE", "cpu") == "cuda":
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason=f"needs a CUDA device, torch {torch.__version__} sees none")
     for item in items:

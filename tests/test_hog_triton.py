@@ -19,7 +19,7 @@ from inpaint_kernels.portable.hog import Settings, feature_dtype
 from inpaint_kernels.reference import hog as reference
 from inpaint_kernels.triton_kernels import _launch, hog
 from inpaint_kernels.triton_kernels._hog_borders import borders
-from inpaint_kernels.triton_kernels._hog_launch import MOST_VALUES, arithmetic_of, block_tile, cell_tile
+from inpaint_kernels.triton_kernels._hog_launch import MOST_VALUES, ROWS_AT_ONCE, arithmetic_of, block_tile, cell_tile
 
 pytest.importorskip("skimage")
 pytest.importorskip("triton")
@@ -388,10 +388,10 @@ def violations(usage: dict[str, Any]) -> list[str]:
 
 
 def fused(usage: dict[str, Any]) -> int | None:
-    """Multiply-adds of the source, where no division or root brings its own: 4 of a length, 6 of a border."""
+    """Multiply-adds of the source, where no division or root brings its own: 4 of a length, 6 of a border, per row."""
     if usage["kernel"] != "hog_cells_kernel":
         return 0 if usage["precision"] != "float64" else None
-    return 3 * 4 + 4 * 6 if usage["precision"] == "float32" else None
+    return ROWS_AT_ONCE * (3 * 4 + 4 * 6) if usage["precision"] == "float32" else None
 
 
 @needs_compiler
