@@ -255,7 +255,7 @@ def run_tests(path: Path, arguments: Sequence[str]) -> int:
 def gpu_test_files() -> list[str]:
     """Files with tests for a GPU; others may need packages that are not installed."""
     files = {path: path.read_text("utf-8") for path in sorted(ROOT.glob("tests/test_*.py"))}
-    return [str(path) for path, text in files.items() if "mark.gpu" in text or "torch.cuda.is_available()" in text]
+    return [str(path) for path, text in files.items() if "mark.gpu" in text or 'DEVICE = "cuda"' in text]
 
 
 def pytest_configure() -> None:

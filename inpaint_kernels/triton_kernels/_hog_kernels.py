@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from inpaint_kernels.portable.hog import EPS, Settings
-from inpaint_kernels.triton_kernels._hog_borders import borders
 from inpaint_kernels.triton_kernels import _hog_launch as sizes
+from inpaint_kernels.triton_kernels._hog_borders import borders
 from inpaint_kernels.triton_kernels._hog_launch import CellTile, block_tile, cell_tile
 from inpaint_kernels.triton_kernels._launch import Launch, needs_int64
 
