@@ -131,19 +131,56 @@ def _photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     )
 
 
+def gpu_summary(races: Races) -> list[str]:
+    """Tables of whole networks on a GPU: large photos, and training steps; none without a race."""
+    of_op = {op: [c for c in races.values() if facts_of(c)["op"] == op] for op in (PHOTO, TRAINING)}
+    photos = (
+        "photo on a GPU, hole",
+        "public network",
+        "ours, whole maps",
+        "in strips",
+        "the hole alone",
+        "extra memory",
+    )
+    steps = ("training step on a GPU, batch", *_BESIDE_PUBLISHED)
+    tables = []
+    if of_op[PHOTO]:
+        tables.append(table(photos, (_gpu_photo_row(contenders) for contenders in of_op[PHOTO])))
+    if of_op[TRAINING]:
+        tables.append(table(steps, (_gpu_training_row(contenders) for contenders in of_op[TRAINING])))
+    return tables
+
+
+def _gpu_photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    facts = facts_of(contenders)
+    ways = [contenders.get(name) for name in (PUBLISHED, WHOLE_MAPS, STRIPS, HOLE_ALONE)]
+    return (
+        f"`{facts['model']}`, {facts['height']}x{facts['width']}, hole {facts['hole']}, {facts['precision']}",
+        *("-" if way is None else seconds(way.wall) for way in ways),
+        ", ".join("-" if way is None else mebibytes(way.peak_mib) for way in ways),
+    )
+
+
+def _gpu_training_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
+    facts = facts_of(contenders)
+    return (f"`{facts['model']}`, {facts['batch']}, {facts['precision']}", *_beside_published(contenders))
+
+
+_BESIDE_PUBLISHED = (
+    "public network",
+    "the same in channels_last",
+    "ours",
+    "speed-up over them",
+    "extra memory: public, ours",
+)
+
+
 def training_summary(races: Races) -> str:
     """The README's table of a generator's training step beside the public networks'; empty without a race."""
     steps = {case: c for case, c in races.items() if facts_of(c)["op"] == TRAINING and OURS in c}
     if not steps:
         return ""
-    header = (
-        "generator, batch",
-        "public network",
-        "the same in channels_last",
-        "ours",
-        "speed-up over them",
-        "extra memory: public, ours",
-    )
+    header = ("generator, batch", *_BESIDE_PUBLISHED)
     chosen = sorted(steps.values(), key=lambda c: (facts_of(c)["model"], facts_of(c)["batch"]))
     note = "256x256; forward, L1 loss, gradients of all parameters; random weights."
     return f"{table(header, map(_training_row, chosen))}\n\n{provenance_line(steps)} {note}"

@@ -95,13 +95,17 @@ def provenance_line(races: Races) -> str:
     """What machine, software and commit the figures come from."""
     sources = [facts_of(contenders)["provenance"] for contenders in races.values()]
     lines = {
-        f"{s['cpu']}, {s['threads']} threads, torch {s['torch']}, commit {s['commit']}, {s['date'].split()[0]}"
-        for s in sources
+        f"{_processor(source)}, torch {source['torch']}, commit {source['commit']}, {source['date'].split()[0]}"
+        for source in sources
     }
     precisions = " and ".join(
         sorted({facts_of(contenders).get("precision", "float32") for contenders in races.values()})
     )
     return "Measured on " + "; ".join(sorted(lines)) + f". Median wall times of interleaved rounds, {precisions}."
+
+
+def _processor(source: dict[str, Any]) -> str:
+    return source["gpu"] if "gpu" in source else f"{source['cpu']}, {source['threads']} threads"
 
 
 def facts_of(contenders: dict[str, Contender]) -> dict[str, Any]:

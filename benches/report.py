@@ -406,8 +406,14 @@ def gpu_summary(results: Path = RESULTS) -> str:
     """The README's GPU part: times over their floors, and what is known of every kernel."""
     evidence = json.loads((results / "gpu_evidence.json").read_text(encoding="utf-8"))
     runs = sorted(path.parent for path in results.glob("*/run.json"))
-    times = [_gpu_times(evidence["cases"], run) for run in runs] or [_gpu_times(evidence["cases"], None)]
-    return "\n\n".join([*times, _kernel_table(evidence)])
+    times = [part for run in runs for part in (_gpu_times(evidence["cases"], run), *_gpu_networks(run))]
+    return "\n\n".join([*(times or [_gpu_times(evidence["cases"], None)]), _kernel_table(evidence)])
+
+
+def _gpu_networks(run: Path) -> list[str]:
+    """What a run found of whole networks, and of the convolutions of some beside torch's."""
+    races = load(sorted(run.glob("*.json")))
+    return [*([_network_summary(races)] if networks(races) else []), *model_report.gpu_summary(races)]
 
 
 def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
