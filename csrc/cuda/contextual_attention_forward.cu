@@ -249,8 +249,8 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
   const int top = static_cast<int>(tile.top), left = static_cast<int>(tile.left);
   const int height = static_cast<int>(tile.height), width = static_cast<int>(tile.width);
   const int walks = (width + kScoreWalk - 1) / kScoreWalk, line = static_cast<int>(tile.logit_columns());
-  // Where no step of the fuse wraps around; nowhere for a general fuse.
-  const unsigned inner_rows = kPatch == 0 ? 0u : max(static_cast<int>(tile.query_height) - 2 * kHalf, 0);
+  // Where no step of the fuse wraps around.
+  const unsigned inner_rows = max(static_cast<int>(tile.query_height) - 2 * kHalf, 0);
   const unsigned inner_columns = max(static_cast<int>(tile.query_width) - 2 * kHalf, 0);
   const unsigned inner_key_rows = max(static_cast<int>(tile.key_height) - 2 * kHalf, 0);
   const int lane_key = static_cast<int>(global_thread()) - (kScoreWalk - 1);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
     T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
     T* own_partial = kept(partial + int64_t{row * width + column} * partials + global_thread() / kWarp);
     T* own_sums = kept(own_partial + tile.queries() * partials);
-    const bool y_is_inner = static_cast<unsigned>(y - kHalf) < inner_rows;
+    const bool y_is_inner = kPatch > 0 && static_cast<unsigned>(y - kHalf) < inner_rows;
 #pragma unroll 1
     for (int x = x_begin; x < x_end; ++x) {
       scores.step(key);
