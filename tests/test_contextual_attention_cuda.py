@@ -256,6 +256,20 @@ def test_gradients_of_general_parameters(overrides, side):
 
 
 @needs_emulation
+@pytest.mark.parametrize("side", [64, 3], indirect=True)
+@pytest.mark.parametrize(("f_size", "b_size"), [*SIZES, ((8, 80), (10, 70))])
+def test_gradients_of_sizes_and_tiles(f_size, b_size, side):
+    check_backward(*make_maps(f_size, b_size))
+
+
+@needs_emulation
+@pytest.mark.parametrize("width", range(3, 9))
+def test_gradients_of_queries_whose_fuse_wraps(width):
+    """Positions at a line's other end have rows too: next to the queries' own, or with a gap of a few positions."""
+    check_backward(*make_maps((12, 20), (12, 16)), queries=(0, 0, 6, width))
+
+
+@needs_emulation
 def test_gradients_in_float32():
     check_backward(*make_maps((16, 12), (12, 16), channels=8, dtype=torch.float32), tolerance=1e-4)
 
