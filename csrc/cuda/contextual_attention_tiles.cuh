@@ -20,9 +20,8 @@
 namespace inpaint {
 namespace {
 
-// Queries that one thread walks along a row, its key one further with each: all but one column of the terms of a
-// diagonal sum are those of the step before, and stay in registers.
-constexpr int kWalk = 16;
+// Of a block of threads that walk along diagonals: one query further along a row, its key one further with each, so
+// that all but one column of the terms of a diagonal sum are those of the step before, and stay in registers.
 constexpr int kWalkThreads = 128;
 
 // A tile as the host hands it over: int64 values in this order.
@@ -152,45 +151,6 @@ __device__ T patch_score(const AttentionTile& tile, const GridPosition& p, const
   return sum;
 }
 
-// The same for a thread that walks along a diagonal: a window in registers that slides with it.
-template <class T, class V, int kFirst, int kLast>
-class PatchWindow {
- public:
-  static constexpr int kSide = kLast - kFirst + 1;
-
-  __device__ PatchWindow(const AttentionTile& tile, const Pairs<T, V>& pairs) : tile_(tile), pairs_(pairs) {}
-
-  // The terms `kLast` to the right of query (y, x) and key f enter, the leftmost ones leave.
-  __device__ void slide(int64_t y, int64_t x, int64_t f) {
-#pragma unroll
-    for (int a = 0; a < kSide; ++a) {
-#pragma unroll
-      for (int b = 0; b + 1 < kSide; ++b) window_[a][b] = window_[a][b + 1];
-      const int64_t row = y + a + kFirst, column = x + kLast, q = f + kLast + (a + kFirst) * tile_.key_width;
-      const bool inside = row >= 0 && row < tile_.query_height && column >= 0 && column < tile_.query_width && q >= 0 &&
-                          q < tile_.keys();
-      window_[a][kSide - 1] = inside ? pairs_(row * tile_.query_width + column, q) : T(0);
-    }
-  }
-
-  // For a key in column u of the key grid: of terms in other lines, the window holds those of the next line.
-  __device__ T sum(int64_t u) const {
-    T sum = 0;
-#pragma unroll
-    for (int b = 0; b < kSide; ++b) {
-      if (u + b + kFirst < 0 || u + b + kFirst >= tile_.key_width) continue;
-#pragma unroll
-      for (int a = 0; a < kSide; ++a) sum += window_[a][b];
-    }
-    return sum;
-  }
-
- private:
-  const AttentionTile& tile_;
-  const Pairs<T, V>& pairs_;
-  T window_[kSide][kSide] = {};
-};
-
 // Key f = v * key_width + u of a thread that walks; f may be negative or past the last key.
 struct KeyCursor {
   int f, v, u;
@@ -220,23 +180,6 @@ __device__ void for_each_fused_pair(const AttentionTile& tile, const GridPositio
       GridPosition p_row = p_column, q_row = q_column;
       const bool row_exists = p_row.step_right(d, tile.query_height, tile.query_width);
       if (q_row.step_right(d, tile.key_height, tile.key_width) && row_exists) visit(p_row, q_row, e, d);
-    }
-  }
-}
-
-// The adjoint: calls visit(p', q') for every pair whose fused score sums the patch score of (p, q).
-template <class Visit>
-__device__ void for_each_fusing_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
-                                     const Visit& visit) {
-  const int half = static_cast<int>(tile.half);
-  for (int d = -half; d <= half; ++d) {
-    GridPosition p_row = p, q_row = q;
-    const bool exists = p_row.step_right(d, tile.query_height, tile.query_width);
-    if (!q_row.step_right(d, tile.key_height, tile.key_width) || !exists) continue;
-    for (int e = -half; e <= half; ++e) {
-      GridPosition p_column = p_row, q_column = q_row;
-      const bool column_exists = p_column.step_down(e, tile.query_height, tile.query_width);
-      if (q_column.step_down(e, tile.key_height, tile.key_width) && column_exists) visit(p_column, q_column);
     }
   }
 }
