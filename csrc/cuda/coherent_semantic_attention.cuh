@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "device.cuh"
+#include "ptx.cuh"
 
 namespace inpaint {
 namespace {
@@ -95,6 +96,30 @@ __device__ Match<T> best_of_lanes(Match<T> best, int lanes) {
   return best;
 }
 
+// Division for chains of dependent steps: between magnitudes in these bounds no intermediate result leaves the normal
+// numbers, and a reciprocal that is made before gives the very quotient that operator / does, without its branch. No
+// double is divided so.
+constexpr float kLeastDivided = 0x1p-40f, kMostDivided = 0x1p40f;
+
+__device__ __forceinline__ bool divides_plainly(float x) {
+  return (fabs(x) >= kLeastDivided) & (fabs(x) <= kMostDivided);
+}
+__device__ __forceinline__ bool divides_plainly(double) { return false; }
+
+// 1 / divisor as quotient() wants it.
+__device__ __forceinline__ float refined_reciprocal(float divisor) {
+  const float guess = approximate_reciprocal(divisor);
+  return fma(guess, fma(-divisor, guess, 1.0f), guess);
+}
+__device__ __forceinline__ double refined_reciprocal(double) { return 0; }
+
+// dividend / divisor, correctly rounded.
+template <class T>
+__device__ __forceinline__ T quotient(T dividend, T divisor, T reciprocal) {
+  const T guess = dividend * reciprocal;
+  return fma(reciprocal, fma(-divisor, guess, dividend), guess);
+}
+
 // alpha * y + beta * k without 0 * infinity: what a restart leaves behind does not matter any more.
 template <class T>
 __device__ __forceinline__ T blend(T alpha, T y, T beta_k) {
@@ -148,7 +173,7 @@ __device__ bool any_of_block(bool predicate) {
 
 // One launch of the scan for one sample. run(n, before, out) computes chunk n, writes the vector that leaves it to
 // `out`, and returns whether a bit of it differs from `before` (null: there is no next chunk, or no guess of its
-// vector).
+// vector, which in a sequential run nobody makes).
 template <int kThreads, class T, class Run>
 __device__ void scan_chunks(const ScanCarries<T>& carries, int64_t sample, int64_t chunks, const Run& run) {
   bool has_changed = false, is_settled = false;
@@ -165,7 +190,7 @@ __device__ void scan_chunks(const ScanCarries<T>& carries, int64_t sample, int64
     T* out = carries.vector(carries.is_last() ? carries.pass : carries.pass + 1, sample, n + 1);
     has_changed = false;
     if (is_due) {
-      has_changed = run(n, n + 1 < chunks ? before : nullptr, out);
+      has_changed = run(n, n + 1 < chunks && carries.passes > 0 ? before : nullptr, out);
     } else if (!carries.is_last()) {
       for (int64_t c = threadIdx.x; c < carries.channels; c += kThreads) out[c] = before[c];
     }

@@ -43,35 +43,82 @@ __device__ __forceinline__ T term(T coefficient, T value) {
   return coefficient == T(0) ? T(0) : coefficient * value;
 }
 
-// lambda_l = d_l . Y_l / s_l of a chunk's steps, from the last to the first, as warp 0 computes them; Y_l: the whole
-// gradient of the vector that step l generates. h_of: d_t . Y of the last step.
+// A step of the chunk. reciprocal: of the total; 0: the step's division or its factors need care.
+template <class T>
+struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) BackwardStep {
+  T alpha, beta, total, reciprocal;
+
+  __device__ BackwardStep(T alpha, T beta, T total) : alpha(alpha), beta(beta), total(total), reciprocal(0) {
+    if (divides_plainly(total) && divides_plainly(beta) && alpha != T(0)) reciprocal = refined_reciprocal(total);
+  }
+  BackwardStep() = default;
+};
+
+// Products that step l reads in shared memory, with the rows of the lane and with the row before.
+template <class T>
+struct BackwardProducts {
+  T slopes[2], gradients[2], next_slope, next_gradient;
+
+  __device__ __forceinline__ BackwardProducts(const T* slope_products, const T* gradient_products, int l) {
+    const int lane = threadIdx.x % kWarp, next = max(l - 1, 0);
+    slope_products += l * kChunk;
+    gradient_products += next * kChunk;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      slopes[part] = slope_products[lane + part * kWarp];
+      gradients[part] = gradient_products[lane + part * kWarp];
+    }
+    next_slope = slope_products[next];
+    next_gradient = gradient_products[next];
+  }
+};
+
+// lambda_l = d_l . Y_l / s_l of a chunk's steps, from the last to the first, as one warp computes them; Y_l: the whole
+// gradient of the vector that step l generates. h_of: d_t . Y of the last step. From one step to the next lead a
+// quotient and three multiplications; all else is read ahead of it. Products with rows that are done are of no use.
 template <class T>
 __device__ void scan_steps_back(int count, const T* slope_products, const T* gradient_products, const T* h_of,
-                                const T* alphas, const T* betas, const T* totals, T* lambdas) {
+                                const BackwardStep<T>* steps, T* lambdas) {
   const int lane = threadIdx.x % kWarp;
   T h[2] = {h_of[lane], h_of[lane + kWarp]};
   const auto of_row = [&](int r) { return __shfl_sync(0xffffffffu, r < kWarp ? h[0] : h[1], r % kWarp); };
   T own = of_row(count - 1);
+  BackwardStep<T> step_ahead = steps[count - 1];
+  BackwardProducts<T> products_ahead(slope_products, gradient_products, count - 1);
+  T lambda_of_lane[2] = {};
   for (int l = count - 1; l >= 0; --l) {
-    const T* slopes = slope_products + l * kChunk;
-    const T* gradients = gradient_products + (l > 0 ? l - 1 : 0) * kChunk;
-    // The row before, before this step: fetched now, while the division takes its time.
-    const int next = l > 0 ? l - 1 : 0;
-    const T next_own = of_row(next);
-    const T lambda = totals[l] == INFINITY ? T(0) : own / totals[l];
-    const T coefficient = betas[l] * lambda;
-    const auto changed = [&](T value, int t) {
-      return blend(alphas[l], value, term(coefficient, slopes[t]) + gradients[t]);
+    const int next = max(l - 1, 0);
+    const BackwardStep<T> step = step_ahead;
+    BackwardProducts<T> products = products_ahead;
+    step_ahead = steps[next];
+    products_ahead = BackwardProducts<T>(slope_products, gradient_products, next);
+    T next_own = of_row(next);
+    T lambda = quotient(own, step.total, step.reciprocal), coefficient = step.beta * lambda;
+    if (!((step.reciprocal != T(0)) & divides_plainly(own))) {
+      lambda = step.total == INFINITY ? T(0) : own / step.total;
+      coefficient = step.beta * lambda;
+      // No infinity of what has no part in the sum.
+      if (coefficient == T(0)) products.slopes[0] = products.slopes[1] = products.next_slope = 0;
+      if (step.alpha == T(0)) h[0] = h[1] = next_own = 0;
+    }
+    const auto changed = [&](T value, T slope, T gradient) {
+      return fma(step.alpha, value, fma(coefficient, slope, gradient));
     };
+    own = changed(next_own, products.next_slope, products.next_gradient);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const int t = lane + part * kWarp;
-      if (t < l) h[part] = changed(h[part], t);
-      if (t == l) lambdas[l] = lambda;
+      h[part] = changed(h[part], products.slopes[part], products.gradients[part]);
+      if (l == lane + part * kWarp) lambda_of_lane[part] = lambda;
     }
-    own = changed(next_own, next);
   }
+#pragma unroll
+  for (int part = 0; part < 2; ++part)
+    if (lane + part * kWarp < count) lambdas[lane + part * kWarp] = lambda_of_lane[part];
 }
+
+// Rows of which a thread reads its channel before it uses the first one.
+template <class T>
+constexpr int kStepsAhead = 32 / sizeof(T);
 
 // lambda [samples, most_masked]; unread and unwritten if not kExact, as are the products. Chunk n of the scan is the
 // n-th from the end.
@@ -82,8 +129,8 @@ __global__ void __launch_bounds__(kScanThreads, 1)
                                                      const ScoreType<V>* __restrict__ gradient_products,
                                                      ScoreType<V>* __restrict__ lambda) {
   using T = ScoreType<V>;
-  __shared__ T h[kChunk], alphas[kChunk], betas[kChunk], totals[kChunk], lambdas[kChunk], scales[kChunk],
-      other_scales[kChunk];
+  __shared__ T h[kChunk], lambdas[kChunk], scales[kChunk], other_scales[kChunk];
+  alignas(16) __shared__ BackwardStep<T> steps[kChunk];
   T* shared_slopes = dynamic_shared<T>();
   T* shared_gradients = shared_slopes + kChunk * kChunk;
   const int64_t sample = blockIdx.z;
@@ -94,15 +141,14 @@ __global__ void __launch_bounds__(kScanThreads, 1)
     const int count = of.rows_of_chunk(chunk);
     const T* in = carries.vector(carries.pass, sample, n);
     const auto entering = [&](int64_t c) { return n == 0 || carries.is_guess() ? T(0) : in[c]; };
+    ChunkProducts<T> slopes_of_chunk, gradients_of_chunk;
     if (kExact) {
-      load_products(slope_products, scan.layout, sample, chunk, shared_slopes);
-      load_products(gradient_products, scan.layout, sample, chunk, shared_gradients);
+      slopes_of_chunk.load(slope_products, scan.layout, sample, chunk);
+      gradients_of_chunk.load(gradient_products, scan.layout, sample, chunk);
     }
     if (threadIdx.x < count) {
       const int64_t i = first + threadIdx.x, p = of.position_of_query(i);
-      alphas[threadIdx.x] = of.alpha[p];
-      betas[threadIdx.x] = of.beta[p];
-      totals[threadIdx.x] = of.total[p];
+      steps[threadIdx.x] = BackwardStep<T>(of.alpha[p], of.beta[p], of.total[p]);
       lambdas[threadIdx.x] = 0;
       if (kExact) {
         const RowPair<V> slope = of.slope(i);
@@ -111,13 +157,15 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       }
     }
     if (kExact) {
+      slopes_of_chunk.store(shared_slopes);
+      gradients_of_chunk.store(shared_gradients);
       const V* last_gradient = of.gradient + (first + count - 1) * of.channels;
       T sums[kRowsOfWarp] = {};
       RowPair<V> differences[kRowsOfWarp];
 #pragma unroll
       for (int r = 0; r < kRowsOfWarp; ++r)
         differences[r] = of.difference(min(first + warp * kRowsOfWarp + r, of.masked - 1));
-#pragma unroll 2
+#pragma unroll 16 / sizeof(T)
       for (int64_t c = lane; c < of.channels; c += kWarp) {
         const T whole = entering(c) + static_cast<T>(last_gradient[c]);
 #pragma unroll
@@ -130,23 +178,35 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       }
     }
     __syncthreads();
-    if (kExact && warp == 0) scan_steps_back(count, shared_slopes, shared_gradients, h, alphas, betas, totals, lambdas);
+    if (kExact && warp == 0) scan_steps_back(count, shared_slopes, shared_gradients, h, steps, lambdas);
     __syncthreads();
     if (kExact && threadIdx.x < count)
       lambda[sample * scan.layout.most_masked + first + threadIdx.x] = lambdas[threadIdx.x];
     bool differs = false;
     for (int64_t c = threadIdx.x; c < of.channels; c += kScanThreads) {
       T z = entering(c);
-#pragma unroll 4
-      for (int l = count - 1; l >= 0; --l) {
-        const int64_t i = first + l;
-        T added = 0;
-        const T coefficient = betas[l] * lambdas[l];
-        if (kExact && coefficient != T(0)) {
-          const V* y = other_scales[l] == T(0) ? nullptr : of.generated + (i - 1) * of.channels;
-          added = coefficient * RowPair<V>{of.query(i), y, scales[l], other_scales[l]}[c];
+      for (int last = count - 1; last >= 0; last -= kStepsAhead<T>) {
+        // All of them on their way before the first one is used, whatever its factor is.
+        T gradients[kStepsAhead<T>], queries[kStepsAhead<T>], generated[kStepsAhead<T>];
+#pragma unroll
+        for (int s = 0; s < kStepsAhead<T>; ++s) {
+          const int64_t i = first + max(last - s, 0);
+          gradients[s] = static_cast<T>(of.gradient[i * of.channels + c]);
+          if (kExact) queries[s] = static_cast<T>(of.query(i)[c]);
+          if (kExact) generated[s] = of.is_paper && i > 0 ? static_cast<T>(of.generated[(i - 1) * of.channels + c]) : 0;
         }
-        z = blend(alphas[l], static_cast<T>(of.gradient[i * of.channels + c]) + z, added);
+#pragma unroll
+        for (int s = 0; s < kStepsAhead<T>; ++s) {
+          const int l = last - s;
+          if (l < 0) continue;
+          T added = 0;
+          if (kExact) {
+            const T coefficient = steps[l].beta * lambdas[l], along = scales[l] * queries[s];
+            const T slope = other_scales[l] == T(0) ? along : fma(other_scales[l], generated[s], along);
+            added = term(coefficient, slope);
+          }
+          z = blend(steps[l].alpha, gradients[s] + z, added);
+        }
       }
       if (before != nullptr) differs |= !same_bits(z, carries.is_guess() ? T(0) : before[c]);
       out[c] = z;
@@ -231,6 +291,8 @@ __global__ void __launch_bounds__(kTermThreads, 1)
 constexpr int kGradientPositions = 32;
 constexpr int kGradientChannels = 2 * kWarp;
 constexpr int kGradientThreads = 256;
+constexpr int kGradientWarps = kGradientThreads / kWarp;
+constexpr int kPositionsOfWarp = kGradientPositions / kGradientWarps;
 
 enum class CoherentGradient { kOfficial, kStraight, kExact };
 
@@ -312,9 +374,18 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   output_gradient += sample * layout.sample_size();
   map_gradient += sample * layout.sample_size();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int at = warp; at < kGradientPositions; at += kGradientThreads / kWarp) {
-    const int64_t p = first + at;
-    const int64_t row = p < layout.positions ? row_of[p] : -1;
+  const auto row_at = [&](int at) { return first + at < layout.positions ? int64_t{row_of[first + at]} : -1; };
+  // Both ends of the queries of every key of the warp, by a lane each: a search is a chain of loads.
+  int64_t end_of_lane = 0;
+  if (lane < 2 * kPositionsOfWarp) {
+    const int64_t row = row_at(warp + lane / 2 * kGradientWarps);
+    if (row >= 0 && row < of.known) end_of_lane = queries.begin_of(row + lane % 2, of.masked);
+  }
+  for (int n = 0; n < kPositionsOfWarp; ++n) {
+    const int at = warp + n * kGradientWarps;
+    const int64_t row = row_at(at);
+    const int64_t begin = __shfl_sync(0xffffffffu, end_of_lane, 2 * n);
+    const int64_t end = __shfl_sync(0xffffffffu, end_of_lane, 2 * n + 1);
     const int64_t channel = first_channel + lane;
     T sums[2] = {};
     if (row >= of.known && kExact) {
@@ -325,7 +396,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
       }
     }
     if (row >= 0 && row < of.known) {
-      const int64_t begin = queries.begin_of(row, of.masked), end = queries.begin_of(row + 1, of.masked);
       if (begin < end && kGradient == CoherentGradient::kOfficial)
         add_official_column(queries, begin, end, of.masked, alphas, betas, gradient, of.channels, channel, sums);
       for (int64_t s = begin; s < end && kGradient != CoherentGradient::kOfficial; ++s) {

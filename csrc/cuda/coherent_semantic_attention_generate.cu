@@ -14,47 +14,113 @@ namespace {
 
 constexpr int kGenerateThreads = kChunk;
 constexpr int kGenerateChannels = kGenerateThreads;
+static_assert(kGenerateThreads == kChunk);
 
-// alpha, beta and total of a chunk's steps, as warp 0 computes them: lane l has steps l and l + 32.
+// Products of a step's matched vector in shared memory: with the rows of the lane, with the next row, with itself.
+template <class T>
+struct StepProducts {
+  T own[2], next, self;
+
+  __device__ __forceinline__ explicit StepProducts(const T* diagonal) : next(diagonal[1]), self(diagonal[0]) {}
+  __device__ __forceinline__ StepProducts(const T* of_lane, const T* diagonal) : StepProducts(diagonal) {
+    own[0] = of_lane[0];
+    own[1] = of_lane[kWarp];
+  }
+};
+
+// Walks over the lines of a chunk's products.
+template <class T>
+struct StepLines {
+  const T *of_lane, *diagonal;
+
+  __device__ __forceinline__ explicit StepLines(const T* products)
+      : of_lane(products + threadIdx.x % kWarp), diagonal(products) {}
+  __device__ __forceinline__ StepProducts<T> next() {
+    const StepProducts<T> result(of_lane, diagonal);
+    of_lane += kChunk;
+    diagonal += kChunk + 1;
+    return result;
+  }
+};
+
+template <class T>
+struct StepCoefficients {
+  T alpha, beta, total;
+};
+
+// Whatever a and v are: a / s and v / s with s = a + v, or a restart.
+template <class T>
+__device__ __forceinline__ StepCoefficients<T> any_coefficients(T a, T v) {
+  const T s = a + v;
+  if (s == T(0) || !isfinite(s)) return {T(0), T(1), static_cast<T>(INFINITY)};
+  return {a / s, v / s, s};
+}
+
+// What the steps of a chunk take and give, in shared memory.
+template <class T>
+struct ChunkSteps {
+  T alphas[kChunk], betas[kChunk], totals[kChunk];
+  T query_products[kChunk], key_products[kChunk], squared_length;  // q_t . y, k_t . y, y . y of the vector y before
+  T inverses[kChunk], values[kChunk];                              // 1 / (|q_t| + eps), v_t
+};
+
+// alpha, beta and total of a chunk's steps, as one warp computes them: lane l has steps l and l + 32. From one step to
+// the next lead a sum, its reciprocal, a quotient, and one FMA; all else is read or computed ahead of it. Products with
+// rows that are done are of no use to anybody, so no step asks which rows are still to come.
 template <class T, bool kPaper>
-__device__ void scan_steps(int count, bool starts, const T* products, const T* key_products, const T* h_of,
-                           const T* g_of, T squared_length, const T* values, T* alphas, T* betas, T* totals) {
+__device__ void scan_steps(int count, bool starts, const T* products, const T* key_products, ChunkSteps<T>& steps) {
   const int lane = threadIdx.x % kWarp;
-  T h[2] = {h_of[lane], h_of[lane + kWarp]};  // u_t . y of the present vector y
-  T g[2] = {};                                // k_t . y
-  if (kPaper) g[0] = g_of[lane], g[1] = g_of[lane + kWarp];
-  const auto of_row = [&](const T* values, int r) {
-    return __shfl_sync(0xffffffffu, r < kWarp ? values[0] : values[1], r % kWarp);
-  };
-  T u_y = of_row(h, 0), k_y = kPaper ? of_row(g, 0) : T(0);
-  for (int r = 0; r < count; ++r) {
-    const T* line = products + r * kChunk;
-    const T* key_line = key_products + r * kChunk;
-    // The next row's products with the vector before this step: fetched now, while the divisions take their time.
-    const int next = min(r + 1, kChunk - 1);
-    const T next_u_y = of_row(h, next), next_k_y = kPaper ? of_row(g, next) : T(0);
-    const T a = kPaper ? u_y * inverse_length(sqrt(squared_length)) : u_y;
-    const T v = values[r], s = a + v;
-    const bool restarts = (starts && r == 0) || s == T(0) || !isfinite(s);
-    const T alpha = restarts ? T(0) : a / s, beta = restarts ? T(1) : v / s;
-    if (kPaper) {
-      const T key_squared = beta * beta * key_line[r];
-      if (alpha == T(0)) {
-        squared_length = key_squared;
-      } else {
-        const T sum = alpha * alpha * squared_length + 2 * alpha * beta * k_y + key_squared;
-        squared_length = sum < T(0) ? T(0) : sum;
-      }
-    }
+  T h[2], g[2] = {}, v_of[2];  // u_t . y and k_t . y of the present vector y, v_t
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const int t = lane + part * kWarp;
-      if (t > r) h[part] = blend(alpha, h[part], beta * line[t]);
-      if (kPaper && t > r) g[part] = blend(alpha, g[part], beta * key_line[t]);
-      if (t == r) alphas[r] = alpha, betas[r] = beta, totals[r] = restarts ? static_cast<T>(INFINITY) : s;
+  for (int part = 0; part < 2; ++part) {
+    const int t = lane + part * kWarp;
+    h[part] = steps.query_products[t] * steps.inverses[t];
+    if (kPaper) g[part] = steps.key_products[t];
+    v_of[part] = steps.values[t];
+  }
+  T squared_length = steps.squared_length;
+  const auto of_row = [&](const T* values, int part, int r) {
+    return __shfl_sync(0xffffffffu, r < (part + 1) * kWarp ? values[part] : values[1], r % kWarp);
+  };
+  // The first row of all restarts, as does every row without a finite sum.
+  T u_y = starts ? static_cast<T>(INFINITY) : of_row(h, 0, 0), k_y = kPaper ? of_row(g, 0, 0) : T(0);
+  StepLines<T> lines(products), key_lines(key_products);
+  StepProducts<T> line = lines.next(), key_line = kPaper ? key_lines.next() : line;
+  T v = of_row(v_of, 0, 0);
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    StepCoefficients<T> of_lane{};
+    for (int r = part * kWarp; r < min(count, (part + 1) * kWarp); ++r) {
+      const StepProducts<T> next_line = lines.next(), next_key_line = kPaper ? key_lines.next() : next_line;
+      const T next_v = of_row(v_of, part, r + 1);
+      T next_u_y = of_row(h, part, r + 1), next_k_y = kPaper ? of_row(g, part, r + 1) : T(0);
+      const T a = kPaper ? u_y * inverse_length(sqrt(squared_length)) : u_y;
+      const T s = a + v, reciprocal = refined_reciprocal(s);
+      StepCoefficients<T> step{quotient(a, s, reciprocal), quotient(v, s, reciprocal), s};
+      if (!(divides_plainly(v) & divides_plainly(a) & divides_plainly(s))) {
+        step = any_coefficients(a, v);
+        // Nothing is left of y, not even of its infinities.
+        if (step.alpha == T(0)) h[0] = h[1] = g[0] = g[1] = next_u_y = next_k_y = squared_length = 0;
+      }
+      const auto after_step = [&](T y, T product) { return fma(step.alpha, y, step.beta * product); };
+      if (kPaper) {
+        const T sum = step.alpha * step.alpha * squared_length + 2 * step.alpha * step.beta * k_y;
+        const T squared = (step.alpha == T(0) ? T(0) : sum) + step.beta * step.beta * key_line.self;
+        squared_length = squared < T(0) ? T(0) : squared;
+        k_y = after_step(next_k_y, key_line.next);
+      }
+      u_y = after_step(next_u_y, line.next);
+#pragma unroll
+      for (int of = part; of < 2; ++of) {
+        h[of] = after_step(h[of], line.own[of]);
+        if (kPaper) g[of] = after_step(g[of], key_line.own[of]);
+      }
+      if (lane == r - part * kWarp) of_lane = step;
+      line = next_line, key_line = next_key_line, v = next_v;
     }
-    u_y = blend(alpha, next_u_y, beta * line[next]);
-    if (kPaper) k_y = blend(alpha, next_k_y, beta * key_line[next]);
+    steps.alphas[lane + part * kWarp] = of_lane.alpha;
+    steps.betas[lane + part * kWarp] = of_lane.beta;
+    steps.totals[lane + part * kWarp] = of_lane.total;
   }
 }
 
@@ -67,10 +133,14 @@ __global__ void __launch_bounds__(kScanThreads, 1)
                                             const ScoreType<V>* __restrict__ key_products, ScoreType<V>* alpha,
                                             ScoreType<V>* beta, ScoreType<V>* total) {
   using T = ScoreType<V>;
-  __shared__ T h[kChunk], g[kChunk], values[kChunk], alphas[kChunk], betas[kChunk], totals[kChunk], squared_length;
-  __shared__ int32_t keys[kChunk];
+  // Matched vectors are on their way during the steps, where there are registers for them; those of the warp that does
+  // the steps come through shared memory.
+  constexpr bool kAhead = sizeof(T) == 4 && !kPaper;
+  alignas(16) __shared__ ChunkSteps<T> steps;
+  alignas(16) __shared__ int32_t keys[kChunk];
+  __shared__ V ahead_of_steps[kAhead ? kChunk : 1][kWarp];
   T* shared_products = dynamic_shared<T>();
-  T* shared_key_products = shared_products + kChunk * kChunk;  // of variant "paper"
+  T* shared_key_products = shared_products + kSharedProducts;  // of variant "paper"
   const int64_t sample = blockIdx.z;
   const SampleScan<V> of(scan, sample);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -82,11 +152,16 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       if (n == 0) return T(0);
       return carries.is_guess() ? static_cast<T>(of.key(first - 1)[c]) : in[c];
     };
-    load_products(products, scan.layout, sample, n, shared_products);
-    if (kPaper) load_products(key_products, scan.layout, sample, n, shared_key_products);
+    ChunkProducts<T> of_chunk;  // on their way as long as rows are read, where there are registers for both
+    if (!kPaper) of_chunk.load(products, scan.layout, sample, n);
+    // What the first threads read of a query each, for all: nobody waits for it before the rows are on their way.
+    T length = 0, v = 0;
+    int32_t key = 0, position = 0;
     if (threadIdx.x < count) {
-      values[threadIdx.x] = value[sample * scan.layout.most_masked + first + threadIdx.x];
-      keys[threadIdx.x] = of.match[first + threadIdx.x];
+      length = of.query_length(first + threadIdx.x);
+      v = value[sample * scan.layout.most_masked + first + threadIdx.x];
+      key = of.match[first + threadIdx.x];
+      position = static_cast<int32_t>(of.position_of_query(first + threadIdx.x));
     }
     T sums[kRowsOfWarp] = {}, key_sums[kRowsOfWarp] = {}, squares = 0;
     const V* query_rows[kRowsOfWarp];
@@ -98,7 +173,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
       key_rows[r] = of.key(i);
     }
     if (n > 0) {
-#pragma unroll 8
+#pragma unroll !kPaper ? 8 : sizeof(T) == 8 ? 1 : 4
       for (int64_t c = lane; c < of.channels; c += kWarp) {
         const T y = entering(c);
         if (kPaper) squares = fma(y, y, squares);
@@ -109,36 +184,47 @@ __global__ void __launch_bounds__(kScanThreads, 1)
         }
       }
     }
+    if (kPaper) of_chunk.load(products, scan.layout, sample, n);
+    of_chunk.store(shared_products);
+    if (kPaper) {
+      of_chunk.load(key_products, scan.layout, sample, n);
+      of_chunk.store(shared_key_products);
+    }
 #pragma unroll
     for (int r = 0; r < kRowsOfWarp; ++r) {
-      const int t = warp * kRowsOfWarp + r;
       const T sum = warp_sum(sums[r]), key_sum = kPaper ? warp_sum(key_sums[r]) : T(0);
       if (lane == 0) {
-        h[t] = sum * inverse_length(of.query_length(min(first + t, of.masked - 1)));
-        g[t] = key_sum;
+        steps.query_products[warp * kRowsOfWarp + r] = sum;
+        steps.key_products[warp * kRowsOfWarp + r] = key_sum;
       }
     }
     if (kPaper) squares = warp_sum(squares);
-    if (threadIdx.x == 0) squared_length = squares;
-    __syncthreads();
-    // What the end of the chunk needs of the matched vectors: on its way while warp 0 computes, where there are
-    // registers for it.
-    constexpr bool kAhead = sizeof(T) == 4 && !kPaper;
-    V ahead[kAhead ? kChunk : 1];
-    if (kAhead) {
-#pragma unroll
-      for (int r = 0; r < kChunk; ++r)
-        if (r < count && threadIdx.x < of.channels) ahead[r] = of.rows[keys[r] * of.channels + threadIdx.x];
+    if (threadIdx.x == 0) steps.squared_length = squares;
+    if (threadIdx.x < kChunk) {
+      steps.inverses[threadIdx.x] = inverse_length(length);
+      steps.values[threadIdx.x] = v;
+      keys[threadIdx.x] = key;
     }
-    if (warp == 0)
-      scan_steps<T, kPaper>(count, n == 0, shared_products, shared_key_products, h, g, squared_length, values, alphas,
-                            betas, totals);
+    __syncthreads();
+    V ahead[kAhead ? kChunk : 1];
+    const T entered = kAhead && threadIdx.x < of.channels ? entering(threadIdx.x) : T(0);
+    if (warp == 0) {
+      scan_steps<T, kPaper>(count, n == 0, shared_products, shared_key_products, steps);
+    } else if (kAhead) {
+      // Nobody needs the vector behind a chunk that is not full, the last one: rows that do not exist are any.
+      if (threadIdx.x < of.channels) {
+#pragma unroll
+        for (int r = 0; r < kChunk; ++r) ahead[r] = of.rows[keys[r] * of.channels + threadIdx.x];
+      }
+      for (int r = warp - 1; r < kChunk; r += kScanWarps - 1)
+        if (lane < of.channels) ahead_of_steps[r][lane] = of.rows[keys[r] * of.channels + lane];
+    }
     __syncthreads();
     if (threadIdx.x < count) {
-      const int64_t p = sample * scan.layout.positions + of.position_of_query(first + threadIdx.x);
-      alpha[p] = alphas[threadIdx.x];
-      beta[p] = betas[threadIdx.x];
-      total[p] = totals[threadIdx.x];
+      const int64_t p = sample * scan.layout.positions + position;
+      alpha[p] = steps.alphas[threadIdx.x];
+      beta[p] = steps.betas[threadIdx.x];
+      total[p] = steps.totals[threadIdx.x];
     }
     bool differs = false;
     const auto leave = [&](int64_t c, T y) {
@@ -146,18 +232,24 @@ __global__ void __launch_bounds__(kScanThreads, 1)
         differs |= !same_bits(y, carries.is_guess() ? static_cast<T>(of.key(first + count - 1)[c]) : before[c]);
       out[c] = y;
     };
+    const auto after_step = [&](int r, T y, V key) {
+      return blend(steps.alphas[r], y, steps.betas[r] * static_cast<T>(key));
+    };
     if (kAhead && threadIdx.x < of.channels) {
-      T y = entering(threadIdx.x);
+      T y = entered;
+      if (warp == 0) {
+#pragma unroll 8
+        for (int r = 0; r < kChunk; ++r) y = after_step(r, y, ahead_of_steps[kAhead ? r : 0][lane]);
+      } else {
 #pragma unroll
-      for (int r = 0; r < kChunk; ++r)
-        if (r < count) y = blend(alphas[r], y, betas[r] * static_cast<T>(ahead[kAhead ? r : 0]));
+        for (int r = 0; r < kChunk; ++r) y = after_step(r, y, ahead[kAhead ? r : 0]);
+      }
       leave(threadIdx.x, y);
     }
     for (int64_t c = threadIdx.x + (kAhead ? kScanThreads : 0); c < of.channels; c += kScanThreads) {
       T y = entering(c);
 #pragma unroll 8
-      for (int r = 0; r < count; ++r)
-        y = blend(alphas[r], y, betas[r] * static_cast<T>(of.rows[keys[r] * of.channels + c]));
+      for (int r = 0; r < kChunk; ++r) y = after_step(r, y, of.rows[keys[r] * of.channels + c]);
       leave(c, y);
     }
     return any_of_block<kScanThreads>(differs);
@@ -171,37 +263,42 @@ __global__ void __launch_bounds__(kGenerateThreads, 1)
                                                 int64_t passes, V* __restrict__ output) {
   using T = ScoreType<V>;
   __shared__ V tile[kChunk][kGenerateChannels + 1];
-  __shared__ T alphas[kChunk], betas[kChunk];
-  __shared__ int32_t keys[kChunk], positions[kChunk];
+  alignas(16) __shared__ T alphas[kChunk], betas[kChunk];
+  alignas(16) __shared__ int32_t keys[kChunk];
+  __shared__ int32_t positions[kChunk];
   const int64_t sample = blockIdx.z, n = blockIdx.x, first = n * kChunk;
   const SampleScan<V> of(scan, sample);
   const int count = first < of.masked ? of.rows_of_chunk(n) : 0;
   const int thread = threadIdx.x;
   const int64_t first_channel = int64_t{blockIdx.y} * kGenerateChannels, channel = first_channel + thread;
-  if (thread < count) {
-    positions[thread] = static_cast<int32_t>(of.position_of_query(first + thread));
-    alphas[thread] = of.alpha[positions[thread]];
-    betas[thread] = of.beta[positions[thread]];
-    keys[thread] = of.match[first + thread];
-  }
+  // Rows that do not exist are computed as any other and not written.
+  keys[thread] = thread < count ? of.match[first + thread] : 0;
+  positions[thread] = thread < count ? static_cast<int32_t>(of.position_of_query(first + thread)) : 0;
+  alphas[thread] = thread < count ? of.alpha[positions[thread]] : T(0);
+  betas[thread] = thread < count ? of.beta[positions[thread]] : T(0);
   __syncthreads();
   if (channel < of.channels && count > 0) {
     const ScanCarries<T> carries{
         const_cast<T*>(vectors), nullptr, scan.layout.samples, scan.layout.chunks(), of.channels, 0, 0};
     T y = n == 0 ? T(0) : carries.vector(static_cast<int>(passes), sample, n)[channel];
-#pragma unroll 16
-    for (int r = 0; r < count; ++r) {
-      y = blend(alphas[r], y, betas[r] * static_cast<T>(of.rows[keys[r] * of.channels + channel]));
+    V matched[kChunk];  // all of them on their way at once
+#pragma unroll
+    for (int r = 0; r < kChunk; ++r) matched[r] = of.rows[keys[r] * of.channels + channel];
+#pragma unroll
+    for (int r = 0; r < kChunk; ++r) {
+      y = blend(alphas[r], y, betas[r] * static_cast<T>(matched[r]));
       tile[r][thread] = static_cast<V>(y);
     }
   }
   __syncthreads();
   output += sample * scan.layout.sample_size();
   if (scan.layout.position_stride == 1) {
-    for (int c = 0; c < kGenerateChannels && first_channel + c < of.channels; ++c)
-      if (thread < count)
-        output[(first_channel + c) * scan.layout.channel_stride + positions[thread]] = tile[thread][c];
+    V* to = output + first_channel * scan.layout.channel_stride + positions[thread];
+    const int channels = static_cast<int>(min(of.channels - first_channel, int64_t{kGenerateChannels}));
+#pragma unroll 8
+    for (int c = 0; thread < count && c < channels; ++c) to[c * scan.layout.channel_stride] = tile[thread][c];
   } else if (channel < of.channels) {
+#pragma unroll 8
     for (int r = 0; r < count; ++r)
       output[channel * scan.layout.channel_stride + positions[r] * scan.layout.position_stride] = tile[r][thread];
   }
@@ -209,7 +306,7 @@ __global__ void __launch_bounds__(kGenerateThreads, 1)
 
 // ---- Launchers ---------------------------------------------------------------------------------------------------
 
-constexpr size_t kMostScanBytes = 2 * kChunk * kChunk * sizeof(double);
+constexpr size_t kMostScanBytes = 2 * kSharedProducts * sizeof(double);
 INPAINT_DYNAMIC_SHARED(coherent_semantic_attention_scan_kernel, kMostScanBytes);
 
 // products [1 or, of variant "paper", 2, samples, chunks, kChunk, kChunk]; vectors [2, samples, chunks + 1, channels];
@@ -234,7 +331,7 @@ void launch_coherent_generate(const CoherentLayout& layout, const int32_t* posit
   T* key_products = products + layout.samples * layout.chunks() * kChunk * kChunk;
   launch_coherent_products<ChunkProduct::kDirections>(scan, products, stream);
   if (is_paper) launch_coherent_products<ChunkProduct::kMatches>(scan, key_products, stream);
-  const size_t shared_bytes = (is_paper ? 2 : 1) * kChunk * kChunk * sizeof(T);
+  const size_t shared_bytes = (is_paper ? 2 : 1) * kSharedProducts * sizeof(T);
   for_each_pass(layout, passes, vectors, changed, [&](const ScanCarries<T>& carries, dim3 blocks) {
     const auto kernel =
         is_paper ? coherent_semantic_attention_scan_kernel<V, true> : coherent_semantic_attention_scan_kernel<V, false>;

@@ -1,7 +1,7 @@
 // What the scans of coherent_semantic_attention share: the rows that steps combine, their products inside a chunk, and
 // the geometry of a launch.
 //
-// Products come from tiles of 32 x 32 rows: a step needs those with later queries only, three quarters of a chunk.
+// Products come from tiles of 8 x 8 rows: a step needs those with later queries only, little more than half of a chunk.
 #pragma once
 
 #include "coherent_semantic_attention.cuh"
@@ -9,14 +9,18 @@
 namespace inpaint {
 namespace {
 
+// Warp 0 does the steps of a chunk. To it every instruction is latency: it holds nothing else in registers meanwhile.
 constexpr int kScanThreads = 512;
 constexpr int kScanWarps = kScanThreads / kWarp;
 constexpr int kRowsOfWarp = kChunk / kScanWarps;
-constexpr int kProductSide = 32;
-constexpr int kProductDepth = 64;
-constexpr int kProductThreads = 256;
-constexpr int kSubtiles = 3;
+constexpr int kProductSide = 8;
+constexpr int kProductThreads = 128;
+constexpr int kProductWarps = kProductThreads / kWarp;
+constexpr int kProductTiles = kChunk / kProductSide;                   // along either side of a chunk
+constexpr int kNeededTiles = kProductTiles * (kProductTiles + 1) / 2;  // those on one side of the diagonal, with it
 static_assert(kChunk == 2 * kWarp, "a lane has two rows of a chunk");
+// A chunk's products in shared memory: steps read what the one after them needs, even behind the last one.
+constexpr int kSharedProducts = (kChunk + 2) * kChunk;
 
 // scale * x + other_scale * y, x and y vectors of maps; y may be null.
 template <class V>
@@ -28,6 +32,11 @@ struct RowPair {
   __device__ __forceinline__ T operator[](int64_t c) const {
     const T value = scale * static_cast<T>(x[c]);
     return y == nullptr ? value : fma(other_scale, static_cast<T>(y[c]), value);
+  }
+  // The same of a pair that lies in shared memory, where the compiler does not know what pointers point to.
+  __device__ __forceinline__ T global_value(int64_t c) const {
+    const T value = scale * static_cast<T>(__ldg(x + c));
+    return y == nullptr ? value : fma(other_scale, static_cast<T>(__ldg(y + c)), value);
   }
 };
 
@@ -125,75 +134,86 @@ __device__ __forceinline__ RowPair<V> other_row(const SampleScan<V>& of, int64_t
   return of.difference(t);
 }
 
+// Sums over a warp of kCount values of every lane; with kStep = kWarp / 2, lane l gets those of values kOfLane * l,
+// kOfLane * l + 1 and so on in the first kOfLane = kCount / kWarp elements.
+template <int kCount, int kStep, class T>
+__device__ __forceinline__ void sum_over_lanes(T* values) {
+  constexpr int kLeft = kCount / 2;
+  const bool is_upper = (threadIdx.x & kStep) != 0;
+#pragma unroll
+  for (int i = 0; i < kLeft; ++i) {
+    const T given = is_upper ? values[i] : values[i + kLeft], kept = is_upper ? values[i + kLeft] : values[i];
+    values[i] = kept + __shfl_xor_sync(0xffffffffu, given, kStep);
+  }
+  if constexpr (kStep > 1) sum_over_lanes<kLeft, kStep / 2>(values);
+}
+
+// A block multiplies kProductSide steps with as many other rows. Its threads share the channels, so that all loads are
+// on their way at once and few rows keep many multiprocessors busy; the sums over warps have a fixed order.
 template <class V, ChunkProduct kProduct>
 __global__ void __launch_bounds__(kProductThreads, 1)
     coherent_semantic_attention_products_kernel(CoherentScan<V> scan, ScoreType<V>* __restrict__ products) {
   using T = ScoreType<V>;
   constexpr bool kIsForward = kProduct == ChunkProduct::kDirections || kProduct == ChunkProduct::kMatches;
-  constexpr int kLoads = kProductSide * kProductDepth / kProductThreads;
-  constexpr int kLoadStep = kProductThreads / kProductDepth;  // rows between two loads of a thread
-  constexpr int kMicro = 2, kMicroThreads = kProductSide / kMicro;
-  __shared__ T step_tile[kProductDepth][kProductSide + 1], other_tile[kProductDepth][kProductSide + 1];
+  // What registers hold: channels of a thread that are on their way, and steps whose sums are under way.
+  constexpr int kDepth = sizeof(T) == 8 ? 1 : 2, kStepsAtOnce = sizeof(T) == 8 ? kProductSide / 2 : kProductSide;
+  constexpr int kSums = kStepsAtOnce * kProductSide;
+  __shared__ RowPair<V> rows[2][kProductSide];  // steps, others; null: none
+  __shared__ T partial[kProductWarps][kSums];
   const int64_t sample = blockIdx.z, chunk = blockIdx.x;
   const SampleScan<V> of(scan, sample);
-  // Of the four quarters, blockIdx.y names one that holds pairs that are needed.
-  const int half_of_steps = blockIdx.y == 2 || (!kIsForward && blockIdx.y == 1);
-  const int half_of_others = blockIdx.y == 2 || (kIsForward && blockIdx.y == 1);
-  const int64_t first_step = chunk * kChunk + half_of_steps * kProductSide;
-  const int64_t first_other = chunk * kChunk + half_of_others * kProductSide;
-  const int load_channel = threadIdx.x % kProductDepth, load_row = threadIdx.x / kProductDepth;
-  const int column = threadIdx.x % kMicroThreads, row = threadIdx.x / kMicroThreads;
-  RowPair<V> steps[kLoads], others[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int64_t at = load_row + i * kLoadStep, step = first_step + at, other = first_other + at;
-    steps[i] = step < of.masked ? step_row<kProduct>(of, step) : RowPair<V>{};
-    others[i] = other < of.masked ? other_row<kProduct>(of, other) : RowPair<V>{};
+  int low = 0, high = blockIdx.y;  // the tile's place along both sides of the chunk, low <= high
+  for (; high >= kProductTiles - low; ++low) high -= kProductTiles - low;
+  high += low;
+  const int first_of_steps = (kIsForward ? low : high) * kProductSide;
+  const int first_of_others = (kIsForward ? high : low) * kProductSide;
+  const int thread = threadIdx.x;
+  if (thread < kProductSide) {
+    const int64_t step = chunk * kChunk + first_of_steps + thread, other = chunk * kChunk + first_of_others + thread;
+    rows[0][thread] = step < of.masked ? step_row<kProduct>(of, step) : RowPair<V>{};
+    rows[1][thread] = other < of.masked ? other_row<kProduct>(of, other) : RowPair<V>{};
   }
-  T next_steps[kLoads], next_others[kLoads];
-  const auto load = [&](int64_t channel) {
-    const int64_t c = channel + load_channel;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      next_steps[i] = c < of.channels && steps[i].x != nullptr ? steps[i][c] : T(0);
-      next_others[i] = c < of.channels && others[i].x != nullptr ? others[i][c] : T(0);
-    }
-  };
-  T sums[kMicro][kMicro] = {};
-  load(0);
-  for (int64_t channel = 0; channel < of.channels; channel += kProductDepth) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      step_tile[load_channel][load_row + i * kLoadStep] = next_steps[i];
-      other_tile[load_channel][load_row + i * kLoadStep] = next_others[i];
-    }
-    __syncthreads();
-    load(channel + kProductDepth);
-#pragma unroll 8
-    for (int depth = 0; depth < kProductDepth; ++depth) {
-#pragma unroll
-      for (int m = 0; m < kMicro; ++m)
-#pragma unroll
-        for (int n = 0; n < kMicro; ++n)
-          sums[m][n] =
-              fma(step_tile[depth][row + m * kMicroThreads], other_tile[depth][column + n * kMicroThreads], sums[m][n]);
-    }
-    __syncthreads();
-  }
+  __syncthreads();
   products += (sample * scan.layout.chunks() + chunk) * kChunk * kChunk;
+  for (int first_step = 0; first_step < kProductSide; first_step += kStepsAtOnce) {
+    T sums[kSums] = {};
+    for (int64_t channel = thread; channel < of.channels; channel += kProductThreads * kDepth) {
+      T steps[kDepth][kStepsAtOnce], others[kDepth][kProductSide];
+      const auto load = [&](const RowPair<V>& row, int d) {
+        const int64_t c = channel + d * kProductThreads;
+        return row.x != nullptr && c < of.channels ? row.global_value(c) : T(0);
+      };
 #pragma unroll
-  for (int m = 0; m < kMicro; ++m) {
-    const int r = half_of_steps * kProductSide + row + m * kMicroThreads;
+      for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
-    for (int n = 0; n < kMicro; ++n)
-      products[r * kChunk + half_of_others * kProductSide + column + n * kMicroThreads] = sums[m][n];
+        for (int r = 0; r < kStepsAtOnce; ++r) steps[d][r] = load(rows[0][first_step + r], d);
+#pragma unroll
+        for (int t = 0; t < kProductSide; ++t) others[d][t] = load(rows[1][t], d);
+      }
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = fma(steps[d][i / kProductSide], others[d][i % kProductSide], sums[i]);
+    }
+    sum_over_lanes<kSums, kWarp / 2>(sums);
+#pragma unroll
+    for (int i = 0; i < kSums / kWarp; ++i) partial[thread / kWarp][thread % kWarp * (kSums / kWarp) + i] = sums[i];
+    __syncthreads();
+    if (thread < kSums) {
+      T sum = partial[0][thread];
+#pragma unroll
+      for (int w = 1; w < kProductWarps; ++w) sum += partial[w][thread];
+      const int step = first_of_steps + first_step + thread / kProductSide;
+      products[step * kChunk + first_of_others + thread % kProductSide] = sum;
+    }
+    __syncthreads();
   }
 }
 
 template <ChunkProduct kProduct, class V>
 void launch_coherent_products(const CoherentScan<V>& scan, ScoreType<V>* products, cudaStream_t stream) {
   launch_kernel(coherent_semantic_attention_products_kernel<V, kProduct>,
-                dim3(static_cast<unsigned>(scan.layout.chunks()), kSubtiles, coherent_grid_z(scan.layout.samples)),
+                dim3(static_cast<unsigned>(scan.layout.chunks()), kNeededTiles, coherent_grid_z(scan.layout.samples)),
                 dim3(kProductThreads), 0, stream, scan, products);
 }
 
@@ -213,13 +233,23 @@ void for_each_pass(const CoherentLayout& layout, int64_t passes, T* vectors, int
   }
 }
 
-// Copies the chunk's products to shared memory: `out` holds kChunk x kChunk values.
+// A chunk's products on their way to shared memory.
 template <class T>
-__device__ void load_products(const T* __restrict__ products, const CoherentLayout& layout, int64_t sample,
-                              int64_t chunk, T* out) {
-  const T* from = products + (sample * layout.chunks() + chunk) * kChunk * kChunk;
-  for (int i = threadIdx.x; i < kChunk * kChunk; i += kScanThreads) out[i] = from[i];
-}
+struct ChunkProducts {
+  static constexpr int kQuads = kChunk * kChunk / kQuad / kScanThreads;
+  Quad<T> quads[kQuads];
+
+  __device__ __forceinline__ void load(const T* __restrict__ products, const CoherentLayout& layout, int64_t sample,
+                                       int64_t chunk) {
+    const T* from = products + (sample * layout.chunks() + chunk) * kChunk * kChunk;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) quads[i] = load_quad(from + (i * kScanThreads + threadIdx.x) * kQuad);
+  }
+  __device__ __forceinline__ void store(T* out) const {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) store_quad(out + (i * kScanThreads + threadIdx.x) * kQuad, quads[i]);
+  }
+};
 
 }  // namespace
 }  // namespace inpaint
