@@ -16,20 +16,32 @@ namespace {
 
 // ---- Packing -----------------------------------------------------------------------------------------------------
 
-constexpr int kPackPositions = 32;
-constexpr int kPackChannels = 64;
+// Eight positions are 32 bytes of float32, which memory delivers at once. Few of them in a block make many blocks, and
+// so many channels at once that a map of 512 is on its way in two steps.
+constexpr int kPackPositions = 8;
+constexpr int kPackChannels = 256;
 constexpr int kPackThreads = 256;
 constexpr int kPackElements = kPackPositions * kPackChannels / kPackThreads;
+static_assert(kPackElements == kPackPositions && kPackThreads == kPackChannels);
 
-// Element `i` of a thread in a tile of positions and channels, read or written along the map's lines.
-struct PackElement {
-  int position, channel;
+// A thread's elements of a tile of positions and channels, along the map's lines: the positions lie next to each other
+// in memory, or the channels do. Element i is at `first` + i * `step` of the map.
+struct PackElements {
+  bool along_positions;
+  int position, channel;  // of element 0
+  int64_t first, step;
 
-  __device__ PackElement(const CoherentLayout& layout, int i) {
-    const int element = i * kPackThreads + static_cast<int>(threadIdx.x);
-    const bool along_positions = layout.position_stride == 1;
-    position = along_positions ? element % kPackPositions : element / kPackChannels;
-    channel = along_positions ? element / kPackPositions : element % kPackChannels;
+  __device__ PackElements(const CoherentLayout& layout, int64_t first_position)
+      : along_positions(layout.position_stride == 1) {
+    const int thread = threadIdx.x;
+    position = along_positions ? thread % kPackPositions : 0;
+    channel = along_positions ? thread / kPackPositions : thread;
+    first = channel * layout.channel_stride + (first_position + position) * layout.position_stride;
+    step = along_positions ? kPackThreads / kPackPositions * layout.channel_stride : layout.position_stride;
+  }
+  __device__ int position_of(int i) const { return along_positions ? position : i; }
+  __device__ int channel_of(int i) const {
+    return along_positions ? channel + i * (kPackThreads / kPackPositions) : channel;
   }
 };
 
@@ -44,7 +56,7 @@ struct CoherentResults {
 // rows [samples, positions, channels], or [samples, most_masked, channels] of masked positions alone. norm, which may
 // be null: lengths of the rows. A block takes kPackPositions positions of a sample.
 template <class V>
-__global__ void __launch_bounds__(kPackThreads, 1)
+__global__ void __launch_bounds__(kPackThreads, sizeof(V) == 8 ? 1 : 4)
     coherent_semantic_attention_pack_kernel(CoherentLayout layout, const int32_t* __restrict__ row_of,
                                             const int32_t* __restrict__ known, const V* __restrict__ map,
                                             bool masked_only, V* __restrict__ rows, ScoreType<V>* __restrict__ norm,
@@ -68,42 +80,39 @@ __global__ void __launch_bounds__(kPackThreads, 1)
     }
   }
   __syncthreads();
-  map += sample * layout.sample_size();
-  if (results.output != nullptr) results.output += sample * layout.sample_size();
+  const PackElements elements(layout, first);
+  map += sample * layout.sample_size() + elements.first;
+  if (results.output != nullptr) results.output += sample * layout.sample_size() + elements.first;
   rows += sample * rows_of_sample * layout.channels;
   T squared = 0;
   V next[kPackElements];
   const auto load = [&](int64_t channel) {
 #pragma unroll
     for (int i = 0; i < kPackElements; ++i) {
-      const PackElement e(layout, i);
-      const bool exists = row_at[e.position] >= 0 && channel + e.channel < layout.channels;
-      const int64_t at = (channel + e.channel) * layout.channel_stride + (first + e.position) * layout.position_stride;
-      next[i] = exists ? map[at] : static_cast<V>(0.0f);
+      const bool exists = row_at[elements.position_of(i)] >= 0 && channel + elements.channel_of(i) < layout.channels;
+      next[i] = exists ? map[channel * layout.channel_stride + i * elements.step] : static_cast<V>(0.0f);
     }
   };
   load(0);
   for (int64_t channel = 0; channel < layout.channels; channel += kPackChannels) {
 #pragma unroll
     for (int i = 0; i < kPackElements; ++i) {
-      const PackElement e(layout, i);
-      tile[e.channel][e.position] = next[i];
-      if (results.output != nullptr && is_known[e.position] && channel + e.channel < layout.channels)
-        results.output[(channel + e.channel) * layout.channel_stride + (first + e.position) * layout.position_stride] =
-            next[i];
+      const int position = elements.position_of(i), c = elements.channel_of(i);
+      tile[c][position] = next[i];
+      if (results.output != nullptr && is_known[position] && channel + c < layout.channels)
+        results.output[channel * layout.channel_stride + i * elements.step] = next[i];
     }
     __syncthreads();
     load(channel + kPackChannels);
 #pragma unroll
-    for (int i = 0; i < kPackElements; ++i) {
-      const int element = i * kPackThreads + static_cast<int>(threadIdx.x);
-      const int position = element / kPackChannels, c = element % kPackChannels;
-      if (row_at[position] >= 0 && channel + c < layout.channels)
-        rows[row_at[position] * layout.channels + channel + c] = tile[c][position];
+    for (int position = 0; position < kPackPositions; ++position) {
+      const int64_t c = channel + threadIdx.x;
+      if (row_at[position] >= 0 && c < layout.channels)
+        rows[row_at[position] * layout.channels + c] = tile[threadIdx.x][position];
     }
     if (norm != nullptr && threadIdx.x < kPackPositions) {
       // Channels past the last one are zeros, which change nothing.
-#pragma unroll 8
+#pragma unroll 16
       for (int c = 0; c < kPackChannels; ++c) {
         const T value = static_cast<T>(tile[c][threadIdx.x]);
         squared = fma(value, value, squared);
@@ -131,6 +140,41 @@ struct SearchTile {
 using SmallTile = SearchTile<32, 64, 4, 32>;
 using SmallDoubleTile = SearchTile<32, 64, 4, 16>;
 using LargeTile = SearchTile<128, 128, 8, 16>;
+
+// The rows of a tile in shared memory, as in the map's: a line is a row, four channels are one access, and eight lines
+// from one after the other lie in different banks.
+template <class T, int kRows, int kDepth>
+struct SearchLines {
+  static constexpr int kStride = kDepth + kQuad;
+  T values[kRows * kStride];
+
+  __device__ __forceinline__ T* at(int row, int channel) { return values + row * kStride + channel; }
+};
+
+template <class T, class V>
+__device__ __forceinline__ Quad<T> converted(const Quad<V>& values) {
+  Quad<T> result;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) result.at[j] = static_cast<T>(values.at[j]);
+  return result;
+}
+
+// Four channels of a row from `channel` on, of none: zeros; they change no sum but one of -0, which nobody can tell.
+template <class V>
+__device__ __forceinline__ Quad<V> load_channels(const V* __restrict__ row, int64_t channel, int64_t channels,
+                                                 bool in_quads) {
+  Quad<V> result;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) result.at[j] = static_cast<V>(0.0f);
+  if (in_quads) {
+    if (row != nullptr && channel < channels) result = load_quad(row + channel);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (row != nullptr && channel + j < channels) result.at[j] = row[channel + j];
+  }
+  return result;
+}
 
 // How the blocks of a sample share its tiles: split `s` of query tile `t` is item t * splits + s.
 struct SearchWork {
@@ -168,12 +212,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                               ScoreType<V>* __restrict__ partial_score,
                                               int32_t* __restrict__ partial_key, int64_t most_items) {
   using T = ScoreType<V>;
-  constexpr int kMicro = Tile::kMicro, kParts = kMicro / kQuad;
-  constexpr int kQueryLoads = Tile::kQueries * Tile::kDepth / Tile::kThreads;
-  constexpr int kKeyLoads = Tile::kKeys * Tile::kDepth / Tile::kThreads;
-  constexpr int kLoadStep = Tile::kThreads / Tile::kDepth;  // rows between two loads of a thread
-  alignas(16) __shared__ T query_tile[2][Tile::kDepth][Tile::kQueries + kQuad];
-  alignas(16) __shared__ T key_tile[2][Tile::kDepth][Tile::kKeys + kQuad];
+  constexpr int kMicro = Tile::kMicro, kDepth = Tile::kDepth;
+  constexpr int kLineThreads = kDepth / kQuad;              // that load one row
+  constexpr int kLoadStep = Tile::kThreads / kLineThreads;  // rows between two loads of a thread
+  constexpr int kQueryLoads = Tile::kQueries / kLoadStep, kKeyLoads = Tile::kKeys / kLoadStep;
+  static_assert(kQueryLoads * kLoadStep == Tile::kQueries && kKeyLoads * kLoadStep == Tile::kKeys);
+  alignas(16) __shared__ SearchLines<T, Tile::kQueries, kDepth> query_tile[2];
+  alignas(16) __shared__ SearchLines<T, Tile::kKeys, kDepth> key_tile[2];
   __shared__ int32_t query_row[Tile::kQueries];  // -1: none
   const int64_t sample = blockIdx.z;
   const CoherentSample of(layout, plan, sample);
@@ -182,7 +227,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   norm += sample * layout.positions;
   const SearchWork work(count, of.known, Tile::kQueries, Tile::kKeys, gridDim.x);
   const int thread = threadIdx.x, column = thread % Tile::kColumnThreads, row = thread / Tile::kColumnThreads;
-  const int load_channel = thread % Tile::kDepth, load_row = thread / Tile::kDepth;
+  const int load_channel = thread % kLineThreads * kQuad, load_row = thread / kLineThreads;
+  const bool in_quads = channels % kQuad == 0;
   for (int64_t item = blockIdx.x; item < work.tiles * work.splits; item += gridDim.x) {
     const int64_t tile = item / work.splits, split = item - tile * work.splits;
     __syncthreads();
@@ -200,57 +246,62 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int64_t last_tile = min(work.key_tiles, (split + 1) * work.key_tiles_of_split);
     for (int64_t tile_of_keys = split * work.key_tiles_of_split; tile_of_keys < last_tile; ++tile_of_keys) {
       const int64_t first_key = tile_of_keys * Tile::kKeys;
-      V next_queries[kQueryLoads], next_keys[kKeyLoads];
+      const V *query_rows[kQueryLoads], *key_rows[kKeyLoads];
+#pragma unroll
+      for (int i = 0; i < kQueryLoads; ++i) {
+        const int32_t from = query_row[load_row + i * kLoadStep];
+        query_rows[i] = from >= 0 ? rows + from * channels : nullptr;
+      }
+#pragma unroll
+      for (int i = 0; i < kKeyLoads; ++i) {
+        const int64_t from = first_key + load_row + i * kLoadStep;
+        key_rows[i] = from < of.known ? rows + from * channels : nullptr;
+      }
+      Quad<V> next_queries[kQueryLoads], next_keys[kKeyLoads];
       const auto load = [&](int64_t channel) {
-        const int64_t c = channel + load_channel;
 #pragma unroll
-        for (int i = 0; i < kQueryLoads; ++i) {
-          const int32_t from = query_row[load_row + i * kLoadStep];
-          next_queries[i] = from >= 0 && c < channels ? rows[from * channels + c] : static_cast<V>(0.0f);
-        }
+        for (int i = 0; i < kQueryLoads; ++i)
+          next_queries[i] = load_channels(query_rows[i], channel + load_channel, channels, in_quads);
 #pragma unroll
-        for (int i = 0; i < kKeyLoads; ++i) {
-          const int64_t from = first_key + load_row + i * kLoadStep;
-          next_keys[i] = from < of.known && c < channels ? rows[from * channels + c] : static_cast<V>(0.0f);
-        }
+        for (int i = 0; i < kKeyLoads; ++i)
+          next_keys[i] = load_channels(key_rows[i], channel + load_channel, channels, in_quads);
       };
       const auto store = [&](int buffer) {
 #pragma unroll
         for (int i = 0; i < kQueryLoads; ++i)
-          query_tile[buffer][load_channel][load_row + i * kLoadStep] = static_cast<T>(next_queries[i]);
+          store_quad(query_tile[buffer].at(load_row + i * kLoadStep, load_channel), converted<T>(next_queries[i]));
 #pragma unroll
         for (int i = 0; i < kKeyLoads; ++i)
-          key_tile[buffer][load_channel][load_row + i * kLoadStep] = static_cast<T>(next_keys[i]);
+          store_quad(key_tile[buffer].at(load_row + i * kLoadStep, load_channel), converted<T>(next_keys[i]));
       };
       T sums[kMicro][kMicro] = {};
       load(0);
       store(0);
       __syncthreads();
       int buffer = 0;
-      for (int64_t channel = 0; channel < channels; channel += Tile::kDepth, buffer ^= 1) {
-        const bool has_next = channel + Tile::kDepth < channels;
-        if (has_next) load(channel + Tile::kDepth);
-        // Channels past the last one are zeros: fma(0, 0, sum) is the sum, but for a sum of -0, which nobody can tell.
+      for (int64_t channel = 0; channel < channels; channel += kDepth, buffer ^= 1) {
+        load(channel + kDepth);  // behind the last channel: zeros
 #pragma unroll
-        for (int c = 0; c < Tile::kDepth; ++c) {
-          Quad<T> q[kParts], k[kParts];
+        for (int c = 0; c < kDepth; c += kQuad) {
+          Quad<T> q[kMicro], k[kMicro];
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            q[part] = load_quad(&query_tile[buffer][c][(part * Tile::kRowThreads + row) * kQuad]);
-            k[part] = load_quad(&key_tile[buffer][c][(part * Tile::kColumnThreads + column) * kQuad]);
+          for (int m = 0; m < kMicro; ++m) {
+            q[m] = load_quad(query_tile[buffer].at(m * Tile::kRowThreads + row, c));
+            k[m] = load_quad(key_tile[buffer].at(m * Tile::kColumnThreads + column, c));
           }
 #pragma unroll
-          for (int m = 0; m < kMicro; ++m)
+          for (int j = 0; j < kQuad; ++j)
 #pragma unroll
-            for (int n = 0; n < kMicro; ++n)
-              sums[m][n] = fma(q[m / kQuad].at[m % kQuad], k[n / kQuad].at[n % kQuad], sums[m][n]);
+            for (int m = 0; m < kMicro; ++m)
+#pragma unroll
+              for (int n = 0; n < kMicro; ++n) sums[m][n] = fma(q[m].at[j], k[n].at[j], sums[m][n]);
         }
-        if (has_next) store(buffer ^ 1);
+        store(buffer ^ 1);
         __syncthreads();
       }
 #pragma unroll
       for (int n = 0; n < kMicro; ++n) {
-        const int64_t key = first_key + (n / kQuad * Tile::kColumnThreads + column) * kQuad + n % kQuad;
+        const int64_t key = first_key + n * Tile::kColumnThreads + column;
         if (key >= of.known) continue;
         const T inverse = inverse_length(norm[key]);
 #pragma unroll
@@ -261,8 +312,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int m = 0; m < kMicro; ++m) {
       best[m] = best_of_lanes(best[m], Tile::kColumnThreads);
       if (column == 0) {
-        const int64_t at =
-            (sample * most_items + item) * Tile::kQueries + (m / kQuad * Tile::kRowThreads + row) * kQuad + m % kQuad;
+        const int64_t at = (sample * most_items + item) * Tile::kQueries + m * Tile::kRowThreads + row;
         partial_score[at] = best[m].score;
         partial_key[at] = best[m].key;
       }
@@ -326,7 +376,9 @@ __global__ void coherent_semantic_attention_matches_kernel(CoherentLayout layout
 constexpr int kOperandThreads = 256;
 constexpr int kFilterThreads = 256;
 constexpr int kFilterQueue = 2 * kWarp;
-constexpr int kFilterQuads = 4;  // that a lane has on their way at once
+// Candidates whose rows a warp reads together, and how many of their channels at once. Of most queries there are few.
+constexpr int kFewCandidates = 8, kScoredChannels = 128;
+constexpr int kFilterQuads = 8;  // that a lane has on their way at once
 // From so many candidates on, the search in tiles is as fast. Flat regions have thousands of equal keys.
 constexpr int kMostCandidates = 1024;
 // Lengths for which the bound holds: no square overflows, no product becomes 0.
@@ -334,7 +386,8 @@ constexpr float kShortest = 0x1p-60f, kLongest = 0x1p60f;
 
 __device__ __forceinline__ bool is_bounded(float length) { return length >= kShortest && length <= kLongest; }
 
-// query_operands [samples, most_masked, columns], key_operands [samples, key rows, columns]: zeros in the padding. A
+// query_operands [samples, most_masked, columns], key_operands [samples, key rows, columns]: zeros in the padding, a
+// multiple of kQuad columns. A warp writes a row. A
 // key whose length is out of bounds becomes NaN, and with it all its products: they are candidates. count [samples] =
 // 0.
 template <class V>
@@ -349,8 +402,10 @@ __global__ void __launch_bounds__(kOperandThreads, 1)
   norm += sample * layout.positions;
   query_operands += sample * layout.most_masked * columns;
   key_operands += sample * key_rows * columns;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) count[sample] = 0;
-  for (int64_t i = blockIdx.y; i < key_rows + layout.most_masked; i += gridDim.y) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) count[sample] = 0;
+  const bool in_quads = layout.channels % kQuad == 0;
+  const int64_t warps = grid_stride() / kWarp;
+  for (int64_t i = global_thread() / kWarp; i < key_rows + layout.most_masked; i += warps) {
     const bool is_query = i >= key_rows;
     const int64_t entry = is_query ? i - key_rows : i;
     const bool exists = entry < (is_query ? of.masked : of.known);
@@ -358,12 +413,16 @@ __global__ void __launch_bounds__(kOperandThreads, 1)
     const float length = exists ? norm[row] : 0.0f;
     float factor = is_query && is_bounded(length) ? 1.0f / length : 0.0f;
     if (!is_query && exists) factor = length <= kLongest ? inverse_length(length) : NAN;
+    const V* from = exists ? rows + row * layout.channels : nullptr;
     __half* to = (is_query ? query_operands : key_operands) + entry * columns;
-    for (int64_t c = global_thread(); c < columns; c += grid_stride()) {
-      float operand = 0.0f;
-      if (exists && c < layout.channels && factor != 0.0f)
-        operand = static_cast<float>(rows[row * layout.channels + c]) * factor;
-      to[c] = __float2half_rn(operand);
+#pragma unroll 4
+    for (int64_t c = kQuad * (threadIdx.x % kWarp); c < columns; c += kQuad * kWarp) {
+      const Quad<V> values = load_channels(from, c, layout.channels, in_quads);
+      Quad<__half> operands;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        operands.at[j] = __float2half_rn(factor != 0.0f ? static_cast<float>(values.at[j]) * factor : 0.0f);
+      store_quad(to + c, operands);
     }
   }
 }
@@ -375,21 +434,80 @@ struct ProductTile {
   bool is_first, is_last;  // of the tiles of these queries
 };
 
+// What a warp has found and not scored yet.
+struct FilterQueue {
+  int32_t keys[kFilterQueue];
+  float products[kFilterQueue];
+  float channels[kFewCandidates][kScoredChannels + 1], query_channels[kScoredChannels];  // of the rows being scored
+};
+
+// The largest value of a warp, in every lane; a NaN is no value.
+__device__ __forceinline__ float most_of_lanes(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, step));
+  return value;
+}
+
+// The product of two rows in the order of the search, by one lane.
+template <class V>
+__device__ float score_alone(const V* __restrict__ query_row, const V* __restrict__ key_row, int64_t channels) {
+  float sum = 0;
+#pragma unroll 32
+  for (int64_t c = 0; c < channels; ++c)
+    sum = fma(static_cast<float>(query_row[c]), static_cast<float>(key_row[c]), sum);
+  return sum;
+}
+
+// The same of the queued keys in `due`, kFewCandidates at most: the warp reads the rows, each lane of `due` then
+// multiplies its own.
+template <class V>
+__device__ float score_few(FilterQueue& queue, const V* __restrict__ query_row, const V* __restrict__ rows,
+                           int64_t channels, unsigned due) {
+  const int lane = threadIdx.x % kWarp, slot = __popc(due & ((1u << lane) - 1));
+  const bool is_due = (due >> lane & 1) != 0;
+  constexpr int kChannelsOfLane = kScoredChannels / kWarp;
+  float sum = 0;
+  for (int64_t first = 0; first < channels && due != 0; first += kScoredChannels) {
+    const auto read = [&](const V* row, float* to) {
+      V values[kChannelsOfLane];
+#pragma unroll
+      for (int j = 0; j < kChannelsOfLane; ++j) {
+        const int64_t c = first + lane + j * kWarp;
+        values[j] = c < channels ? row[c] : static_cast<V>(0.0f);
+      }
+#pragma unroll
+      for (int j = 0; j < kChannelsOfLane; ++j) to[lane + j * kWarp] = static_cast<float>(values[j]);
+    };
+    read(query_row, queue.query_channels);
+    int of_slot = 0;
+    for (unsigned left = due; left != 0; left &= left - 1, ++of_slot)
+      read(rows + int64_t{queue.keys[__ffs(static_cast<int>(left)) - 1]} * channels, queue.channels[of_slot]);
+    __syncwarp();
+    if (is_due) {
+#pragma unroll 16
+      for (int c = 0; c < kScoredChannels; ++c) sum = fma(queue.query_channels[c], queue.channels[slot][c], sum);
+    }
+    __syncwarp();
+  }
+  return sum;
+}
+
 template <class V>
 __global__ void __launch_bounds__(kFilterThreads, 2)
     coherent_semantic_attention_filter_kernel(CoherentLayout layout, CoherentPlan plan, const V* __restrict__ rows,
                                               const float* __restrict__ norm, ProductTile tile,
                                               const float* __restrict__ products, float error, FilterState<float> state,
                                               int32_t* __restrict__ listed, int32_t* __restrict__ count) {
-  __shared__ int32_t queues[kFilterThreads / kWarp][kFilterQueue];
+  constexpr int kKeysOfLane = kFilterQuads * kQuad, kKeysOfStep = kKeysOfLane * kWarp;
+  __shared__ FilterQueue queues[kFilterThreads / kWarp];
   const int lane = threadIdx.x % kWarp;
-  int32_t* queue = queues[threadIdx.x / kWarp];
+  FilterQueue& queue = queues[threadIdx.x / kWarp];
   const int64_t sample = tile.first_sample + blockIdx.z;
   const CoherentSample of(layout, plan, sample);
   rows += sample * layout.sample_size();
   norm += sample * layout.positions;
   products += blockIdx.z * tile.queries * tile.key_columns;
-  const int64_t keys = min(of.known - tile.first_key, tile.key_columns);
+  const auto keys = static_cast<int>(min(of.known - tile.first_key, tile.key_columns));
   const int64_t warps = int64_t{gridDim.x} * (kFilterThreads / kWarp);
   for (int64_t i = global_thread() / kWarp; i < tile.queries; i += warps) {
     const int64_t query = tile.first_query + i, at = sample * layout.most_masked + query;
@@ -402,61 +520,71 @@ __global__ void __launch_bounds__(kFilterThreads, 2)
     if (exists && !tile.is_first) most = state.maximum[at], candidates = state.candidates[at];
     if (exists && tile.is_first && !is_bounded(norm[of.known + query])) candidates = kMostCandidates + 1;
     if (lane == 0 && exists && !tile.is_first) best = {state.score[at], state.key[at]};
-#pragma unroll 8
-    for (int64_t k = kQuad * lane; k < (exists ? keys : 0); k += kQuad * kWarp) {
-      const Quad<float> four = load_quad(line + k);
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (k + j < keys && four.at[j] > most) most = four.at[j];
-    }
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, most, step);
-      most = other > most ? other : most;
-    }
-    const float least = most - 2 * error;
     int queued = 0;
     // Scores the first `number` of the queue, a lane each; the others move to its front.
-    const auto score_queued = [&](int number) {
+    const auto score_queued = [&](int number, float least) {
       __syncwarp();
-      if (lane < number) {
-        const int32_t key = queue[lane];
-        const V* key_row = rows + key * of.channels;
-        float sum = 0;
-#pragma unroll 32
-        for (int64_t c = 0; c < of.channels; ++c)
-          sum = fma(static_cast<float>(query_row[c]), static_cast<float>(key_row[c]), sum);
-        best.update(sum * inverse_length(norm[key]), key);
+      const int32_t key = lane < number ? queue.keys[lane] : 0;
+      // Of what was queued before a larger product was found, most need no score.
+      const bool is_due = lane < number && !(queue.products[lane] < least);
+      const unsigned due = __ballot_sync(0xffffffffu, is_due);
+      if (__popc(due) <= kFewCandidates) {
+        const float score = score_few(queue, query_row, rows, of.channels, due);
+        if (is_due) best.update(score * inverse_length(norm[key]), key);
+      } else if (is_due) {
+        best.update(score_alone(query_row, rows + key * of.channels, of.channels) * inverse_length(norm[key]), key);
       }
-      const int32_t moved = queue[lane + kWarp];
+      const int32_t moved = queue.keys[lane + kWarp];
+      const float moved_product = queue.products[lane + kWarp];
       __syncwarp();
-      queue[lane] = moved;
+      queue.keys[lane] = moved;
+      queue.products[lane] = moved_product;
       __syncwarp();
       queued -= number;
     };
-    constexpr int kKeysOfLane = kFilterQuads * kQuad;
-    for (int64_t first = 0; exists && first < keys && candidates <= kMostCandidates; first += kKeysOfLane * kWarp) {
+    for (int first = 0; exists && first < keys; first += kKeysOfStep) {
       const auto key_of = [&](int j) { return first + (j / kQuad * kWarp + lane) * kQuad + j % kQuad; };
-      Quad<float> products_of_lane[kFilterQuads];
+      Quad<float> values[kFilterQuads];
 #pragma unroll
       for (int part = 0; part < kFilterQuads; ++part)
-        if (key_of(part * kQuad) < keys) products_of_lane[part] = load_quad(line + key_of(part * kQuad));
+        if (key_of(part * kQuad) < keys) values[part] = load_quad(line + key_of(part * kQuad));
+      if (first + kKeysOfStep > keys) {
+#pragma unroll
+        for (int j = 0; j < kKeysOfLane; ++j)
+          if (key_of(j) >= keys) values[j / kQuad].at[j % kQuad] = -INFINITY;
+      }
+      float most_of_lane = most;
+      bool has_nan = false;
+#pragma unroll
+      for (int j = 0; j < kKeysOfLane; ++j) {
+        const float value = values[j / kQuad].at[j % kQuad];
+        has_nan |= value != value;
+        most_of_lane = max(most_of_lane, value);
+      }
+      most = most_of_lanes(most_of_lane);
+      // The keys to come can only raise it: what is left out here is no candidate.
+      const float least = most - 2 * error;
+      const bool may_have = candidates <= kMostCandidates && (has_nan || most_of_lane >= least);
+      if (!__any_sync(0xffffffffu, may_have)) continue;
       unsigned mine = 0;
 #pragma unroll
       for (int j = 0; j < kKeysOfLane; ++j)
-        if (key_of(j) < keys && !(products_of_lane[j / kQuad].at[j % kQuad] < least)) mine |= 1u << j;  // a NaN too
-      if (!__any_sync(0xffffffffu, mine != 0)) continue;
-      for (int j = 0; j < kKeysOfLane; ++j) {
-        const bool is_candidate = (mine >> j & 1) != 0;
-        const unsigned all = __ballot_sync(0xffffffffu, is_candidate);
-        if (is_candidate)
-          queue[queued + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(tile.first_key + key_of(j));
+        if (key_of(j) < keys && !(values[j / kQuad].at[j % kQuad] < least)) mine |= 1u << j;  // a NaN too
+      // One candidate of every lane at a time; there is seldom more than one in the warp.
+      for (unsigned all = __ballot_sync(0xffffffffu, mine != 0); all != 0;
+           all = __ballot_sync(0xffffffffu, mine != 0)) {
+        if (mine != 0) {
+          const int place = queued + __popc(all & ((1u << lane) - 1)), key = key_of(__ffs(static_cast<int>(mine)) - 1);
+          queue.keys[place] = static_cast<int32_t>(tile.first_key) + key;
+          queue.products[place] = line[key];
+          mine &= mine - 1;
+        }
         queued += __popc(all);
         candidates += __popc(all);
-        if (queued >= kWarp) score_queued(kWarp);
+        if (queued >= kWarp) score_queued(kWarp, least);
       }
     }
-    if (queued > 0 && candidates <= kMostCandidates) score_queued(queued);
+    if (queued > 0 && candidates <= kMostCandidates) score_queued(queued, most - 2 * error);
     best = best_of_lanes(best, kWarp);
     if (lane == 0 && exists) {
       if (tile.is_last && candidates > kMostCandidates) {
@@ -540,7 +668,7 @@ void launch_coherent_operands(const CoherentLayout& layout, const int32_t* posit
                               const V* rows, const float* norm, __half* query_operands, __half* key_operands,
                               int64_t key_rows, int64_t columns, int32_t* count, cudaStream_t stream) {
   launch_kernel(coherent_semantic_attention_operands_kernel<V>,
-                dim3(static_cast<unsigned>(ceil_div(columns, kOperandThreads)), grid_y(key_rows + layout.most_masked),
+                dim3(static_cast<unsigned>(ceil_div(key_rows + layout.most_masked, kOperandThreads / kWarp)), 1,
                      coherent_grid_z(layout.samples)),
                 dim3(kOperandThreads), 0, stream, layout, CoherentPlan{positions, known}, rows, norm, query_operands,
                 key_operands, key_rows, columns, count);
