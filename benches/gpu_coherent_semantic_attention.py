@@ -136,9 +136,9 @@ class GpuCoherentCase:
 def planned_work(case: GpuCoherentCase) -> tuple[int, int]:
     """Operations of the search, and bytes that our kernels read and write.
 
-    Every kernel reads and writes its arrays once, tiles of a product read their operands each, and the filter reads
-    products twice. Rows of queries and of what they matched are read by two passes of the scan, which settle what
-    resembles itself; gradient "exact" reads them again, with the generated vectors and the gradient.
+    Every kernel reads and writes its arrays once, and tiles of a product read their operands each. Rows of queries and
+    of what they matched are read by two passes of the scan, which settle what resembles itself; gradient "exact" reads
+    them again, with the generated vectors and the gradient.
     """
     element = 2 if case.precision == BFLOAT16 else 4
     positions, masked, known = case.size**2, case.queries, case.keys
@@ -147,7 +147,7 @@ def planned_work(case: GpuCoherentCase) -> tuple[int, int]:
     if case.is_filtered:
         _, height, width = cuda_kernels.product_tile(1, masked, known)
         moved += rows + 2 * CHANNELS * positions  # operands
-        moved += 2 * CHANNELS * (known * -(-masked // height) + masked * -(-known // width)) + 3 * 4 * masked * known
+        moved += 2 * CHANNELS * (known * -(-masked // height) + masked * -(-known // width)) + 2 * 4 * masked * known
     else:
         moved += rows
     chunks = -(-masked // cuda_kernels.CHUNK)

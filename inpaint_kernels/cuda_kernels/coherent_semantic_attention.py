@@ -32,12 +32,13 @@ LEAST_FILTERED_FLOPS = 1e9
 """From so many operations on, tensor cores filter the search.
 
 By estimate, not yet measured: on an H200 the fixed-order search takes FLOPs / 35e12, 29 us at this size. The filter
-takes FLOPs / 400e12, the products once written and twice read at 4.8e12 bytes per second, and eight launches of 3 us:
+takes FLOPs / 400e12, the products once written and once read at 4.8e12 bytes per second, and eight launches of 3 us:
 28 us for 1,024 keys and 950 queries of 512 channels. Above, the first grows ten times as fast.
 """
 
-PRODUCT_BYTES = 64 << 20
-"""Of the products in a tile of the filter. Larger tiles would leave the L2 cache, smaller ones are more launches."""
+PRODUCT_BYTES = 32 << 20
+"""Of the products in a tile of the filter. Larger ones would leave the L2 cache (50 MiB on an H100, with the operands)
+before they are read; smaller ones are more launches and leave multiprocessors idle in the products of each."""
 
 KEYS_OF_PRODUCT = 8192
 
