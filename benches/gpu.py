@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +56,7 @@ WRONG = 9  # what compute-sanitizer is told to return when it found an error
 MINUTES = 9.0
 SPARE_SECONDS = 30.0  # for imports and the summary
 BENCH_SECONDS = 150.0  # that the parts before them leave to the benches
+SHARES = {"convolutions": 2.5, "models": 1.5, "hog": 0.5}  # of that time, where it is not 1; by cases and compilations
 MOST_SECONDS = {"build": 200.0, "library": 60.0, "ceilings": 60.0, "tests": 180.0, "memcheck": 80.0, "racecheck": 60.0}
 
 
@@ -137,13 +139,19 @@ def bench_modules() -> list[str]:
 Runner = Callable[[str, Sequence[str], float, Mapping[str, str]], Outcome]
 
 
-def run_everything(folder: Path, deadline: float, runner: Runner = run_part) -> list[Outcome]:
-    """All parts, in turn; what they measured is in ``folder`` or in SCRATCH afterwards."""
-    outcomes = []
+def run_everything(folder: Path, deadline: float, runner: Runner = run_part, build: bool = True) -> list[Outcome]:
+    """All parts, in turn; what they measured is in ``folder`` or in SCRATCH afterwards.
+
+    Args:
+        folder: of the results.
+        deadline: when everything has to be over.
+        runner: see :func:`run_part`.
+        build: whether the native library is built; it is used as it is otherwise.
+    """
 
     def run(
         part: str, command: list[str] | str, reserve: float = BENCH_SECONDS, environment: Mapping[str, str] = {}
-    ) -> None:
+    ) -> Outcome:
         left = deadline - time.monotonic() - reserve
         seconds = MOST_SECONDS.get(part, left)
         if isinstance(command, str):
@@ -152,25 +160,36 @@ def run_everything(folder: Path, deadline: float, runner: Runner = run_part) -> 
             outcome = Outcome(part, "out of time", 0.0, "no time was left")
         else:
             outcome = runner(part, command, min(seconds, left), environment)
-        outcomes.append(outcome)
         print(f"{part}: {outcome.result} after {outcome.seconds:.0f} s; {outcome.detail}", flush=True)
+        return outcome
 
     compiler = [sys.executable, "setup.py", "build_native", "--inplace"]
-    run("build", compiler, environment={"INPAINT_CUDA": "1"})
-    run("library", own_command("library"))
-    run("ceilings", own_command("ceilings", folder / "ceilings.json"))
-    run("tests", own_command("tests", SCRATCH / "tests.jsonl"))
+    outcomes = [
+        run("build", compiler if build else "the library is used as it is", environment={"INPAINT_CUDA": "1"}),
+        run("library", own_command("library")),
+        run("ceilings", own_command("ceilings", folder / "ceilings.json")),
+    ]
     # torch's allocator hands out parts of large blocks, which hides a step beyond a tensor.
     whole_blocks = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run("memcheck", watched("memcheck"), environment=whole_blocks)
-    run("racecheck", watched("racecheck"), environment=whole_blocks)
+    with ThreadPoolExecutor() as side_by_side:  # nothing of them is timed
+        checks = [
+            side_by_side.submit(run, "tests", own_command("tests", SCRATCH / "tests.jsonl")),
+            side_by_side.submit(run, "memcheck", watched("memcheck"), environment=whole_blocks),
+            side_by_side.submit(run, "racecheck", watched("racecheck"), environment=whole_blocks),
+        ]
+    outcomes += [check.result() for check in checks]
     ops = bench_modules()
     for i, op in enumerate(ops):
         left = max(deadline - time.monotonic(), 0)
-        others = left * (1 - 1 / (len(ops) - i))
+        others = left * (1 - share_of(op) / sum(map(share_of, ops[i:])))
         command = own_command("bench", op, folder / f"{op}.json", "--seconds", str(0.9 * (left - others)))
-        run(f"bench_{op}", command, reserve=others)
+        outcomes.append(run(f"bench_{op}", command, reserve=others))
     return outcomes
+
+
+def share_of(op: str) -> float:
+    """Of the time for benches."""
+    return SHARES.get(op, 1.0)
 
 
 # Library and smallest calls ------------------------------------------------------------------------------------------
@@ -448,7 +467,7 @@ def folder_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
 
 
-def everything(minutes: float, results: Path) -> int:
+def everything(minutes: float, results: Path, build: bool = True) -> int:
     """All parts, the summary; 0 if every part passed that could be run."""
     deadline = time.monotonic() + 60 * minutes - SPARE_SECONDS
     device = torch.cuda.get_device_name()
@@ -457,7 +476,7 @@ def everything(minutes: float, results: Path) -> int:
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True)
     print(f"{device}: at most {minutes:g} minutes", flush=True)
-    outcomes = run_everything(folder, deadline)
+    outcomes = run_everything(folder, deadline, build=build)
     run = {
         "provenance": provenance("cuda"),
         "parts": [asdict(outcome) for outcome in outcomes],
@@ -483,6 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.gpu", description="Prove everything on a GPU.")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time for everything (default: 9)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the folder of this GPU is written")
+    parser.add_argument("--no-build", action="store_true", help="use the native library that is there")
     parts = parser.add_subparsers(dest="part", metavar="PART", help="only one part, as the whole runs it")
     parts.add_parser("library")
     parts.add_parser("smallest-calls")
@@ -498,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason)
         return 2
     if options.part is None:
-        return everything(options.minutes, options.results)
+        return everything(options.minutes, options.results, not options.no_build)
     if options.part == "library":
         print(check_library())
     elif options.part == "smallest-calls":

@@ -18,7 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -186,7 +186,8 @@ def as_written_for(x: Tensor) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(x.dtype)
     try:
-        with mock.patch.object(Tensor, "cuda", to_device_of_x), warnings.catch_warnings():
+        on_device = torch.device(x.device) if x.is_cuda else nullcontext()
+        with on_device, mock.patch.object(Tensor, "cuda", to_device_of_x), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # their deprecated calls are not ours to fix
             yield
     finally:

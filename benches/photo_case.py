@@ -96,10 +96,15 @@ class PhotoCase:
     def provider_names(self) -> tuple[str, ...]:
         if self.baseline is None:
             return (HOLE,)
-        partial = _skeleton(self.name).needed_regions(self.box, *self.size) is not None
         least = _least_published_bytes(self)
         runs = least is not None and least <= MOST_PUBLISHED_BYTES and self.published is not None
-        return (*((PUBLISHED,) if runs else ()), WHOLE, *((STRIPS, HOLE) if partial else ()))
+        return (*((PUBLISHED,) if runs else ()), *self.own_ways)
+
+    @property
+    def own_ways(self) -> tuple[str, ...]:
+        """Of the model, whose maps are in strips where it paints regions."""
+        partial = _skeleton(self.name).needed_regions(self.box, *self.size) is not None
+        return (WHOLE, *((STRIPS, HOLE) if partial else ()))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -401,7 +401,8 @@ def test_the_page_of_a_run(results):
 
 @pytest.mark.parametrize(("result", "code"), [("passed", 0), ("failed", 1), ("out of time", 1), ("left out", 0)])
 def test_a_run_replaces_the_results_of_the_one_before(result, code, tmp_path, monkeypatch, capsys):
-    def run_everything(folder, deadline):
+    def run_everything(folder, deadline, build):
+        assert build
         assert not list(folder.iterdir())
         assert 500 < deadline - time.monotonic() < 540
         gpu.write_json(folder / "ceilings.json", CEILINGS)

@@ -89,36 +89,39 @@ __device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlati
 //   fused    patch scores over their norm, for every plain step of the fuse
 //
 // A term's address grows by a constant, and whether it exists is one comparison: integer instructions, not memory,
-// bounded the kernel that asked for each term where it lies (930 instructions per score on an H100, now 130).
+// bounded the kernel that asked for each term where it lies (930 instructions per score, now 200).
 template <class T, int kPatch, int kHalf>
 class DiagonalScores {
  public:
   static constexpr int kBefore = (kPatch - 1) / 2, kSteps = 2 * kHalf + 1;
-  static constexpr int kLow = kBefore + kHalf, kRows = kPatch + 2 * kHalf;
+  static constexpr int kLow = kBefore + kHalf, kRows = kPatch + 2 * kHalf, kHigh = kRows - 1 - kLow;
 
-  // A walk from query (y, x_begin), in a tile, and key `key` on.
+  // A walk from query (y, x_begin), in a tile, and key `key` on, up to x_end.
   __device__ DiagonalScores(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm, int y,
-                            int x_begin, int key)
+                            int x_begin, int x_end, int key)
       : correlations_(correlations.values),
         inverse_norm_(inverse_norm),
         stride_(static_cast<unsigned>(correlations.columns) + 1),
         keys_(static_cast<unsigned>(tile.keys())),
         key_width_(static_cast<int>(tile.key_width)),
-        width_(static_cast<unsigned>(tile.query_width)),
+        columns_end_(static_cast<unsigned>(min(static_cast<int>(tile.query_width), x_end + kHigh))),
         column_(x_begin - kLow) {
-    const int height = static_cast<int>(tile.query_height), first_column = max(column_, 0);
+    const int height = static_cast<int>(tile.query_height), width = static_cast<int>(tile.query_width);
+    const int first_column = max(column_, 0);
 #pragma unroll
     for (int a = 0; a < kRows; ++a) {
       const int row_y = y + a - kLow;
       const bool has_row = row_y >= 0 && row_y < height;
       key_[a] = has_row ? key - kLow + (a - kLow) * key_width_ : kNoKey;
       // Neighbours in a line of the map are neighbours in the matrix.
-      const int row = has_row ? correlations.row_of[row_y * static_cast<int>(width_) + first_column] : 0;
+      const int row = has_row ? correlations.row_of[row_y * width + first_column] : 0;
       at_[a] = static_cast<unsigned>(row + column_ - first_column) * (stride_ - 1) + static_cast<unsigned>(key_[a]);
     }
+    load_terms();
 #pragma unroll 1
     for (int lead = 0; lead < kPatch - 1; ++lead) enter();
     KeyCursor before(tile, key - 2 * kHalf);
+    load_norms(before.f);
 #pragma unroll 1
     for (int lead = 0; lead < 2 * kHalf; ++lead, before.advance(tile)) step(before);
   }
@@ -127,10 +130,8 @@ class DiagonalScores {
   __device__ __forceinline__ void step(const KeyCursor& key) {
     T norm[kSteps];
 #pragma unroll
-    for (int e = 0; e < kSteps; ++e) {
-      const int q = key.f + kHalf + (e - kHalf) * key_width_;
-      norm[e] = static_cast<unsigned>(q) < keys_ ? inverse_norm_[q] : T(0);
-    }
+    for (int e = 0; e < kSteps; ++e) norm[e] = norms_[e];
+    load_norms(key.f + 1);
     enter();
     int column = key.u + kHalf;  // of the fused neighbour that enters, which may lie in the next line
     if (column >= key_width_) column -= key_width_;
@@ -175,17 +176,31 @@ class DiagonalScores {
  private:
   static constexpr int kNoKey = -(1 << 30);  // stays negative
 
-  // The next column of terms.
-  __device__ __forceinline__ void enter() {
-    T terms[kRows];
-    const bool has_column = static_cast<unsigned>(column_) < width_;
+  // What the next step needs is asked for one step ahead: a walk would else wait for memory in each of its steps.
+  __device__ __forceinline__ void load_terms() {
+    const bool has_column = static_cast<unsigned>(column_) < columns_end_;
 #pragma unroll
     for (int a = 0; a < kRows; ++a) {
-      terms[a] = has_column && static_cast<unsigned>(key_[a]) < keys_ ? correlations_[at_[a]] : T(0);
+      terms_[a] = has_column && static_cast<unsigned>(key_[a]) < keys_ ? correlations_[at_[a]] : T(0);
       at_[a] += stride_;
       ++key_[a];
     }
     ++column_;
+  }
+  __device__ __forceinline__ void load_norms(int key) {
+#pragma unroll
+    for (int e = 0; e < kSteps; ++e) {
+      const int q = key + kHalf + (e - kHalf) * key_width_;
+      norms_[e] = static_cast<unsigned>(q) < keys_ ? inverse_norm_[q] : T(0);
+    }
+  }
+
+  // The next column of terms.
+  __device__ __forceinline__ void enter() {
+    T terms[kRows];
+#pragma unroll
+    for (int a = 0; a < kRows; ++a) terms[a] = terms_[a];
+    load_terms();
 #pragma unroll
     for (int e = 0; e < kSteps; ++e) {
 #pragma unroll
@@ -204,8 +219,9 @@ class DiagonalScores {
   int key_[kRows];      // and its key
   unsigned keys_;
   int key_width_;
-  unsigned width_;
-  int column_;  // of the next terms
+  unsigned columns_end_;  // the tile has rows for the columns before it
+  int column_;            // of the terms that are asked for next
+  T terms_[kRows], norms_[kSteps];
   T columns_[kSteps][kPatch] = {};
   T fused_[kSteps][kSteps] = {};
 };
@@ -214,7 +230,7 @@ class DiagonalScores {
 template <class T, int kHalf>
 class DiagonalScores<T, 0, kHalf> {
  public:
-  __device__ DiagonalScores(const AttentionTile&, const Pairs<T>&, const T*, int, int, int) {}
+  __device__ DiagonalScores(const AttentionTile&, const Pairs<T>&, const T*, int, int, int, int) {}
   __device__ void step(const KeyCursor&) {}
   __device__ T score() const { return 0; }
   __device__ T score(const PlainSteps&) const { return 0; }
@@ -258,7 +274,7 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
   for (int walk = blockIdx.y; walk < height * walks; walk += gridDim.y) {
     const int row = walk / walks, column = (walk - row * walks) * kScoreWalk;
     const int y = top + row, x_begin = left + column, x_end = min(x_begin + kScoreWalk, left + width);
-    DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, lane_key);
+    DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, x_end, lane_key);
     KeyCursor key(tile, lane_key);
     T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
     T* own_partial = kept(partial + int64_t{row * width + column} * partials + global_thread() / kWarp);
@@ -266,11 +282,12 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
     const bool y_is_inner = kPatch > 0 && static_cast<unsigned>(y - kHalf) < inner_rows;
 #pragma unroll 1
     for (int x = x_begin; x < x_end; ++x) {
+      const bool has_key = static_cast<unsigned>(key.f) < static_cast<unsigned>(keys);
+      const int at = key.v * key_cell_width + key.u;
+      const T scale = has_key ? factor[at] : T(0), bias = has_key ? offset[at] : T(0);
       scores.step(key);
       T logit = -INFINITY;
-      if (static_cast<unsigned>(key.f) < static_cast<unsigned>(keys)) {
-        const int at = key.v * key_cell_width + key.u;
-        const T scale = factor[at], bias = offset[at];
+      if (has_key) {
         T score;
         if (y_is_inner && static_cast<unsigned>(x - kHalf) < inner_columns &&
             static_cast<unsigned>(key.v - kHalf) < inner_key_rows) {
