@@ -213,7 +213,7 @@ def _published_arguments(pair: PublishedModel, case: PhotoCase, image: Tensor, m
 def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
     pair = case.published
     assert pair is not None
-    network = _public_network(pair, case.folder).to(case.device)
+    network = _public_network(pair, case.folder, case.device)
     image, hole = case.photo
     mask = hole.to(image.dtype)
     arguments = _published_arguments(pair, case, image * (1 - mask), mask)
@@ -228,9 +228,9 @@ def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
 
 
 @functools.lru_cache(maxsize=1)
-def _public_network(pair: PublishedModel, folder: Path | None) -> nn.Module:
+def _public_network(pair: PublishedModel, folder: Path | None, device: str = "cpu") -> nn.Module:
     assert folder is not None  # it was found there
-    return pair.load_published(folder)
+    return pair.load_published(folder, device)
 
 
 @functools.lru_cache
@@ -248,7 +248,7 @@ def _least_published_bytes(case: PhotoCase) -> int | None:
         return None
     if case.side <= 512:
         return 0  # each of them runs there
-    network = _public_network(pair, case.folder).to("cpu")
+    network = _public_network(pair, case.folder)
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pair.peer.running(torch.zeros(())):
         image, mask = (torch.empty(1, channels, *case.size) for channels in (3, 1))

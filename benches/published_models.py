@@ -57,14 +57,17 @@ class PublishedModel:
     def peer(self) -> PeerModel:
         return _peer(self.peer_name)
 
-    def load_published(self, folder: Path) -> nn.Module:
+    def load_published(self, folder: Path, device: str = "cpu") -> nn.Module:
         """The public network in evaluation mode."""
         network = self.peer.load(folder)
         if self.second_name is not None:
             network = _Guided(network, _peer(self.second_name).load(folder))
         self.adapt(network)
         network.eval()  # naoto0804's returns nothing
-        return network
+        for module in network.modules():
+            if "use_cuda" in vars(module):  # daa233's make their constants where that says
+                vars(module)["use_cuda"] = device != "cpu"
+        return network.to(device)
 
     def load_ours(self, network: nn.Module) -> InpaintingModel:
         """Our model with the weights of the public one, in its dtype; spectral norms folded."""

@@ -70,7 +70,7 @@ class TrainingCase(PublishedRace):
 
 def _runner(case: TrainingCase, name: str) -> Callable[[], Outputs]:
     pair = case.pair
-    network = pair.load_published(case.folder)
+    network = pair.load_published(case.folder, case.device)
     image = unit_image(case.size, case.batch, 1).to(case.device)
     mask = one_hole_mask(case.size, case.batch, 2).to(case.device)
     if name == OURS:
@@ -79,7 +79,6 @@ def _runner(case: TrainingCase, name: str) -> Callable[[], Outputs]:
         guidance = pair.guidance(image, mask)
         model.to(case.device).train()
         return functools.partial(_step, case, model, lambda: _paint(model, image, mask, guidance), image)
-    network.to(case.device)
     if name == PUBLISHED_LAST:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     inputs = pair.arguments(image, mask)

@@ -264,53 +264,54 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
   const int keys = static_cast<int>(tile.keys()), key_cell_width = static_cast<int>(tile.key_cell_width);
   const int top = static_cast<int>(tile.top), left = static_cast<int>(tile.left);
   const int height = static_cast<int>(tile.height), width = static_cast<int>(tile.width);
-  const int walks = (width + kScoreWalk - 1) / kScoreWalk, line = static_cast<int>(tile.logit_columns());
+  const int walks = (width + kScoreWalk - 1) / kScoreWalk, length = (width + walks - 1) / walks;
+  const int line = static_cast<int>(tile.logit_columns());
   // Where no step of the fuse wraps around.
   const unsigned inner_rows = max(static_cast<int>(tile.query_height) - 2 * kHalf, 0);
   const unsigned inner_columns = max(static_cast<int>(tile.query_width) - 2 * kHalf, 0);
   const unsigned inner_key_rows = max(static_cast<int>(tile.key_height) - 2 * kHalf, 0);
-  const int lane_key = static_cast<int>(global_thread()) - (kScoreWalk - 1);
+  const int key_block = static_cast<int>(blockIdx.x) / (height * walks);
+  const int thread = key_block * kWalkThreads + static_cast<int>(threadIdx.x), lane_key = thread - (kScoreWalk - 1);
   const bool is_first_lane = threadIdx.x % kWarp == 0;
-  for (int walk = blockIdx.y; walk < height * walks; walk += gridDim.y) {
-    const int row = walk / walks, column = (walk - row * walks) * kScoreWalk;
-    const int y = top + row, x_begin = left + column, x_end = min(x_begin + kScoreWalk, left + width);
-    DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, x_end, lane_key);
-    KeyCursor key(tile, lane_key);
-    T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
-    T* own_partial = kept(partial + int64_t{row * width + column} * partials + global_thread() / kWarp);
-    T* own_sums = kept(own_partial + tile.queries() * partials);
-    const bool y_is_inner = kPatch > 0 && static_cast<unsigned>(y - kHalf) < inner_rows;
+  const int walk = static_cast<int>(blockIdx.x) - key_block * height * walks;
+  const int row = walk / walks, column = (walk - row * walks) * length;
+  const int y = top + row, x_begin = left + column, x_end = min(x_begin + length, left + width);
+  DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, x_end, lane_key);
+  KeyCursor key(tile, lane_key);
+  T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
+  T* own_partial = kept(partial + int64_t{row * width + column} * partials + thread / kWarp);
+  T* own_sums = kept(own_partial + tile.queries() * partials);
+  const bool y_is_inner = kPatch > 0 && static_cast<unsigned>(y - kHalf) < inner_rows;
 #pragma unroll 1
-    for (int x = x_begin; x < x_end; ++x) {
-      const bool has_key = static_cast<unsigned>(key.f) < static_cast<unsigned>(keys);
-      const int at = key.v * key_cell_width + key.u;
-      const T scale = has_key ? factor[at] : T(0), bias = has_key ? offset[at] : T(0);
-      scores.step(key);
-      T logit = -INFINITY;
-      if (has_key) {
-        T score;
-        if (y_is_inner && static_cast<unsigned>(x - kHalf) < inner_columns &&
-            static_cast<unsigned>(key.v - kHalf) < inner_key_rows) {
-          score = scores.score();
-        } else {
-          const GridPosition p{y, x}, q{key.v, key.u};
-          const PlainSteps plain = kPatch > 0 ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
-          score = scores.score(plain) + wrapping_score(tile, correlations, inverse_norm, p, q, plain);
-        }
-        logit = score * scale + bias;
-        own_logits[at] = logit;
+  for (int x = x_begin; x < x_end; ++x) {
+    const bool has_key = static_cast<unsigned>(key.f) < static_cast<unsigned>(keys);
+    const int at = key.v * key_cell_width + key.u;
+    const T scale = has_key ? factor[at] : T(0), bias = has_key ? offset[at] : T(0);
+    scores.step(key);
+    T logit = -INFINITY;
+    if (has_key) {
+      T score;
+      if (y_is_inner && static_cast<unsigned>(x - kHalf) < inner_columns &&
+          static_cast<unsigned>(key.v - kHalf) < inner_key_rows) {
+        score = scores.score();
+      } else {
+        const GridPosition p{y, x}, q{key.v, key.u};
+        const PlainSteps plain = kPatch > 0 ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
+        score = scores.score(plain) + wrapping_score(tile, correlations, inverse_norm, p, q, plain);
       }
-      T maximum, sum;
-      warp_statistics(logit, &maximum, &sum);
-      if (is_first_lane) {
-        *own_partial = maximum;
-        *own_sums = sum;
-      }
-      own_logits += line;
-      own_partial += partials;
-      own_sums += partials;
-      key.advance(tile);
+      logit = score * scale + bias;
+      own_logits[at] = logit;
     }
+    T maximum, sum;
+    warp_statistics(logit, &maximum, &sum);
+    if (is_first_lane) {
+      *own_partial = maximum;
+      *own_sums = sum;
+    }
+    own_logits += line;
+    own_partial += partials;
+    own_sums += partials;
+    key.advance(tile);
   }
 }
 
@@ -652,8 +653,8 @@ void launch_scores(const AttentionTile& tile, const T* correlations, const int32
   STD_TORCH_CHECK(tile.pixels * tile.key_columns < int64_t{1} << 32, "a tile has less than 2^32 correlations, got ",
                   tile.pixels, " x ", tile.key_columns);
   const int64_t partials = score_partials(tile);
-  const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp)),
-                    grid_y(tile.height * ceil_div(tile.width, kScoreWalk)), grid_z(tile));
+  const int64_t walks = tile.height * ceil_div(tile.width, kScoreWalk);
+  const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp) * walks), 1, grid_z(tile));
   const auto launch = [&](auto kernel) {
     launch_kernel(kernel, blocks, dim3(kWalkThreads), 0, stream, tile, Pairs<T>{correlations, row_of, tile.key_columns},
                   inverse_norm, factor, offset, logits, partial, static_cast<int>(partials));

@@ -32,6 +32,12 @@ OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
+def _number(value: tl.constexpr, like: tl.tensor) -> Any:
+    """A constant in the dtype of a tensor: as an argument of a function Triton compiles it as float32."""
+    return tl.full(like.shape, value, like.dtype)
+
+
+@triton.jit
 def _root(x: tl.tensor) -> Any:
     """The square root, correctly rounded."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
@@ -132,13 +138,14 @@ def _passed(
     if ARITHMETIC == "int32":
         other = up * BORDER[0]
         return other >= product, -other >= product
-    cosine, sine = tl.full(up.shape, BORDER[0], up.dtype), tl.full(up.shape, BORDER[1], up.dtype)
-    cosine_low, sine_low = tl.full(up.shape, BORDER[2], up.dtype), tl.full(up.shape, BORDER[3], up.dtype)
+    cosine, sine = _number(BORDER[0], up), _number(BORDER[1], up)
+    cosine_low, sine_low = _number(BORDER[2], up), _number(BORDER[3], up)
     low = tl.fma(across, sine_low, tl.fma(across, sine, -product))
     beyond = tl.fma(up, cosine, -product) + tl.fma(up, cosine_low, -low)
     behind = tl.fma(up, cosine, product) + tl.fma(up, cosine_low, low)
     if ARITHMETIC == "float64":
-        early, early_mirrored = tl.where(turned, BORDER[5], BORDER[4]), tl.where(turned, BORDER[7], BORDER[6])
+        early = tl.where(turned, _number(BORDER[5], up), _number(BORDER[4], up))
+        early_mirrored = tl.where(turned, _number(BORDER[7], up), _number(BORDER[6], up))
         return beyond >= -magnitude * early, behind <= magnitude * early_mirrored
     return beyond >= 0.0, behind <= 0.0
 
@@ -318,7 +325,7 @@ def hog_blocks_kernel(
     else:
         values *= _inverse_root(tl.sum(values * values, 1) + EPS * EPS)[:, None]
         if NORM == "L2-Hys":
-            values = tl.minimum(values, 0.2)
+            values = tl.minimum(values, _number(0.2, values))
             values *= _inverse_root(tl.sum(values * values, 1) + EPS * EPS)[:, None]
     tl.store(blocks + block_row * across * size + (block * size)[:, None] + value[None, :], values, mask=inside)
 
