@@ -411,9 +411,15 @@ def gpu_summary(results: Path = RESULTS) -> str:
 
 
 def _gpu_networks(run: Path) -> list[str]:
-    """What a run found of whole networks, and of the convolutions of some beside torch's."""
+    """What became of a run's tests, and what it found of whole networks, and of the convolutions of some."""
     races = load(sorted(run.glob("*.json")))
-    return [*([_network_summary(races)] if networks(races) else []), *model_report.gpu_summary(races)]
+    layers = {case: contenders for case, contenders in races.items() if _is_layer(contenders)}
+    tests = json.loads((run / "run.json").read_text(encoding="utf-8")).get("tests")
+    return [
+        *([_test_counts(tests)] if tests else []),
+        *([_network_summary(layers)] if layers else []),
+        *model_report.gpu_summary(races),
+    ]
 
 
 def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
@@ -565,10 +571,13 @@ def _gpu_provenance(run: Path) -> str:
     )
 
 
+def _test_counts(tests: dict[str, Any]) -> str:
+    return f"Tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."
+
+
 def _test_lines(tests: dict[str, Any]) -> str:
-    counts = f"Tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."
     shown = list(tests["failures"].items())[:10]
-    return "\n".join([counts, *(f"- `{test}`: {reason}" for test, reason in shown)])
+    return "\n".join([_test_counts(tests), *(f"- `{test}`: {reason}" for test, reason in shown)])
 
 
 def _gpu_rows(contenders: dict[str, Contender], ceilings: dict[str, Any] | None) -> list[tuple[str, ...]]:

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../common.h"
+#include "ptx.cuh"
 
 namespace inpaint {
 namespace {
@@ -14,17 +15,6 @@ constexpr int kQuad = 4;
 // The type of the scores of maps of type V.
 template <class V>
 using ScoreType = std::conditional_t<std::is_same_v<V, double>, double, float>;
-
-// A pointer into global memory that the compiler keeps as it is. Otherwise it adds up what the pointer was made of anew
-// for every access, in 64 bits: six instructions instead of one.
-template <class T>
-__device__ __forceinline__ T* kept(T* pointer) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));
-#endif
-  return pointer;
-}
 
 // Blocks in y or z, for loops that stride by them.
 inline unsigned grid_y(int64_t count) {
@@ -84,14 +74,8 @@ __device__ inline float warp_maximum(float value) {
 // exp(value - maximum) of a value that is not larger. In float three instructions: the hardware's error grows with the
 // exponent, but less than the result shrinks, so it is below 1e-7 of 1. What is below 1e-38 is 0.
 __device__ __forceinline__ float exp_of_difference(float value, float maximum) {
-#ifdef __CUDA_ARCH__
   constexpr float kLog2OfE = 1.4426950408889634f;
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"((value - maximum) * kLog2OfE));
-  return power;
-#else
-  return exp(value - maximum);
-#endif
+  return approximate_power_of_two((value - maximum) * kLog2OfE);
 }
 __device__ __forceinline__ double exp_of_difference(double value, double maximum) { return exp(value - maximum); }
 
