@@ -435,6 +435,8 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
         predicted = sum(facts.get("count", 1) * prediction(facts, ceilings) for facts in group)
         raced = [races.get(f"{facts['op']}, {facts['case']}", {}) for facts in group]
         wall, measured = network_seconds(raced, OURS), (NOT_YET, "", "")
+        if wall is None and races:
+            continue  # the run's time was over
         if wall is not None:
             measured = (f"**{seconds(wall)}**", f"{wall / least:.1f}x", mebibytes(_most_memory(raced, OURS)))
         rows.append((title, seconds(least), seconds(predicted), *measured))
@@ -442,7 +444,9 @@ def _gpu_times(cases: Sequence[dict[str, Any]], run: Path | None) -> str:
     if run is None or not races:
         source = "Not measured on a GPU yet; `make gpu` does. Floors are those of an H200's datasheet"
     else:
-        source = f"{_gpu_provenance(run)} Floors are those of its measured ceilings"
+        source = (
+            f"{_gpu_provenance(run)} What it had no time for is left out. Floors are those of its measured ceilings"
+        )
     note = (
         f"{source}: the longer of operations over rate and bytes over bandwidth, nothing computed or moved twice. "
         "Predicted: what our tiles multiply over the rate plus what they move over the bandwidth, without launches, "
