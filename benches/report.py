@@ -97,9 +97,10 @@ def full_tables(races: Races) -> str:
 def _size(facts: dict[str, Any]) -> str:
     if facts["op"] == HOG:
         return f"{facts['batch']} x {facts['size']} x {facts['size']} pixels, {facts['channels']} channels"
-    if facts["op"] == model_report.ACCELERATE:
-        return f"{facts['size']} x {facts['size']} pixels"
-    return f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels"
+    if "keys" in facts:
+        return f"{facts['keys']:,} keys, {facts['queries']:,} queries, {facts['channels']} channels"
+    height, width = (facts.get(side, facts.get("size")) for side in ("height", "width"))
+    return f"{facts.get('batch', 1)} x {height} x {width} pixels"
 
 
 def summary(races: Races) -> str:

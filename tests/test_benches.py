@@ -498,6 +498,13 @@ def test_a_newer_race_replaces_an_older_one(results: Path, tmp_path: Path) -> No
     assert set(races["contextual_attention, small"]) == {"ours", "naive"}
 
 
+def test_full_tables_show_every_committed_race():
+    races = race_results.load(sorted(report.RESULTS.glob("*.json")))
+    tables = report.full_tables(races)
+    alone = [case for case, contenders in races.items() if not report._is_layer(contenders)]
+    assert all(f"### {case}\n" in tables for case in alone)
+
+
 def test_full_tables_show_every_provider(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main([str(results)])
     printed = capsys.readouterr().out
