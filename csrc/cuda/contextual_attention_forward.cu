@@ -67,17 +67,49 @@ struct PlainSteps {
   __device__ bool has_right(int d) const { return d >= first_d && d <= last_d; }
 };
 
+// patch_score of patches whose size is known: all rows are looked up, then all terms are asked for. One after the other
+// they would be 2 kPatch^2 waits for memory, for which a whole launch waits where a few warps are at the borders.
+template <class T, int kPatch>
+__device__ T whole_patch_score(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
+                               const Pairs<T>& correlations) {
+  constexpr int kBefore = (kPatch - 1) / 2;
+  int rows[kPatch][kPatch];
+#pragma unroll
+  for (int a = 0; a < kPatch; ++a) {
+    const int p_y = p.y + a - kBefore, q_y = q.y + a - kBefore;
+    const bool has_line = p_y >= 0 && p_y < tile.query_height && q_y >= 0 && q_y < tile.key_height;
+#pragma unroll
+    for (int b = 0; b < kPatch; ++b) {
+      const int p_x = p.x + b - kBefore, q_x = q.x + b - kBefore;
+      const bool exists = has_line && p_x >= 0 && p_x < tile.query_width && q_x >= 0 && q_x < tile.key_width;
+      rows[a][b] = exists ? correlations.row_of[p_y * tile.query_width + p_x] : -1;
+    }
+  }
+  T sum = 0;
+#pragma unroll
+  for (int a = 0; a < kPatch; ++a) {
+#pragma unroll
+    for (int b = 0; b < kPatch; ++b) {
+      const int64_t at = rows[a][b] * correlations.columns + (q.y + a - kBefore) * tile.key_width + q.x + b - kBefore;
+      sum += rows[a][b] >= 0 ? correlations.values[at] : T(0);
+    }
+  }
+  return sum;
+}
+
 // What S(p, q) sums beyond the plain steps, term by term: everything for a general patch and fuse, a third or less at
 // the borders, where steps wrap around.
-template <class T>
+template <class T, int kPatch>
 __device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
                             const GridPosition& p, const GridPosition& q, const PlainSteps& plain) {
   T sum = 0;
   for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term, int e, int d) {
-    if (!plain.has_down(e) || !plain.has_right(d)) {
-      sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
-             patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
-    }
+    if (plain.has_down(e) && plain.has_right(d)) return;
+    const T norm = inverse_norm[q_term.y * tile.key_width + q_term.x];
+    if constexpr (kPatch > 0)
+      sum += norm * whole_patch_score<T, kPatch>(tile, p_term, q_term, correlations);
+    else
+      sum += norm * patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
   });
   return sum;
 }
@@ -297,7 +329,7 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
       } else {
         const GridPosition p{y, x}, q{key.v, key.u};
         const PlainSteps plain = kPatch > 0 ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
-        score = scores.score(plain) + wrapping_score(tile, correlations, inverse_norm, p, q, plain);
+        score = scores.score(plain) + wrapping_score<T, kPatch>(tile, correlations, inverse_norm, p, q, plain);
       }
       logit = score * scale + bias;
       own_logits[at] = logit;
