@@ -34,8 +34,7 @@ struct RowPair {
     return y == nullptr ? value : fma(other_scale, static_cast<T>(y[c]), value);
   }
   // The same of a pair that lies in shared memory, where the compiler does not know what pointers point to; 0 of none.
-  // Without branches, so that all loads of a thread are on their way at once: one after the other 64 of them took 18
-  // us.
+  // Without branches, so that the 64 loads of a thread are on their way at once: one after the other they took 14 us.
   template <bool kHasSecond>
   __device__ __forceinline__ T global_value(int64_t c, bool exists) const {
     const T value = scale * (exists && x != nullptr ? static_cast<T>(__ldg(x + c)) : T(0));
