@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from inpaint_kernels.portable.hog import EPS, Settings
-from inpaint_kernels.triton_kernels import _hog_launch as sizes
 from inpaint_kernels.triton_kernels._hog_borders import borders
-from inpaint_kernels.triton_kernels._hog_launch import CellTile, block_tile, cell_tile
+from inpaint_kernels.triton_kernels._hog_launch import CellTile, block_tile, cell_tile, rows_at_once
 from inpaint_kernels.triton_kernels._launch import Launch, needs_int64
 
 MOST_UNROLLED_CHANNELS = 4
@@ -399,7 +398,7 @@ def fill_cells(images: Tensor, cells: Tensor, settings: Settings, arithmetic: st
         "ARITHMETIC": arithmetic,
         "SQRT": settings.transform_sqrt,
         "UNROLLED": channels <= MOST_UNROLLED_CHANNELS,
-        "ROWS_AT_ONCE": min(sizes.ROWS_AT_ONCE, settings.cell[0]),
+        "ROWS_AT_ONCE": rows_at_once(arithmetic, settings.cell[0]),
         "WIDE": needs_int64(images, cells),
     }
     grid = (batch * rows * triton.cdiv(columns, tile.cells),)

@@ -68,6 +68,11 @@ def cell_tile(cell: tuple[int, int], columns: int) -> CellTile:
     return CellTile(cells, width, max(1, cells * width // 32))
 
 
+def rows_at_once(arithmetic: str, rows: int) -> int:
+    """Rows of a cell that are in one step; of float64, whose kernels are long, one."""
+    return 1 if arithmetic == "float64" else min(ROWS_AT_ONCE, rows)
+
+
 def block_tile(settings: Settings) -> BlockTile:
     """The tile for blocks: whole blocks within a warp, so that sums need no other warp, unless one is too large."""
     values = power_of_two(settings.block[0] * settings.block[1] * settings.orientations)
