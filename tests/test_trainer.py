@@ -524,7 +524,9 @@ SLIM: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("system", [pytest.param(name, marks=_slow_if(name == "csa")) for name in SLIM])
+@pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=_slow_if(name in ("csa", "partial_conv_unet"))) for name in SLIM]
+)
 def test_every_system_runs_through_its_phases(system, photos, tmp_path):
     config = config_of(system, photos, **{"rows": 1, "log_every": 1} | SLIM[system])
     losses: dict[str, float] = {}
@@ -541,7 +543,7 @@ def test_every_system_runs_through_its_phases(system, photos, tmp_path):
 @pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 @pytest.mark.parametrize(
     "system",
-    [pytest.param(name, marks=_slow_if(name != "deepfill_v1")) for name in ("deepfill_v1", "glcic", "edge_connect")],
+    [pytest.param(name, marks=_slow_if(name != "edge_connect")) for name in ("deepfill_v1", "glcic", "edge_connect")],
 )
 def test_short_precisions(system, precision, photos, tmp_path):
     slim = {"window": 32, "holes": BOX, "settings.generator_every": 1} if system == "deepfill_v1" else SLIM[system]
