@@ -20,7 +20,6 @@ fails when a median ratio has grown by more than 15 %.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 
 from benches import harness
 from benches.harness import Case, Measurement, ReplayClock
+from benches.peers import folder_in_environment
 
 CLOCK = ReplayClock()
 
@@ -60,8 +60,8 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 
 def peers_folder(config: pytest.Config) -> Path | None:
-    folder = config.getoption("--peers") or os.environ.get("INPAINT_PEERS")
-    return Path(folder) if folder else None
+    folder = config.getoption("--peers")
+    return Path(folder) if folder else folder_in_environment()
 
 
 class EnteredCase(Case, Protocol):

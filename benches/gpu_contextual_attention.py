@@ -11,7 +11,6 @@ scores that are closer together than tf32 can tell. Above 4,096 keys the gate co
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from benches import bench_contextual_attention as bench
 from benches.bench_contextual_attention import CHANNELS, COMPILED, MEASURED_PORTS, NAIVE, OURS, PORTABLE, RATE, Box
 from benches.harness import BFLOAT16, FLOAT32, PRECISIONS, TF32, Outputs, Provider, products_in
-from benches.peers import available_ports, load_port
+from benches.peers import available_ports, folder_in_environment, load_port
 from inpaint_kernels import PRESETS, contextual_attention
 from inpaint_kernels.cuda_kernels._contextual_attention_plan import make_plan
 from inpaint_kernels.portable._contextual_attention_tiles import Semantics
@@ -172,8 +171,7 @@ def planned_work(case: GpuAttentionCase) -> tuple[int, int]:
 
 def cases() -> list[GpuAttentionCase]:
     """What ``make gpu`` runs, the most wanted first: time may run out."""
-    folder = os.environ.get("INPAINT_PEERS")
-    peers = Path(folder) if folder else None
+    peers = folder_in_environment()
     both = ("forward", "forward+backward")
     return [
         *(GpuAttentionCase(500, 1, "forward", precision) for precision in PRECISIONS),

@@ -1,21 +1,20 @@
 """Whole networks on a GPU: photos of 2000x2000 and holes in them, and training steps.
 
 Photos as bench_photo.py has them, of the whole field those that fit: whole maps, strips, the hole alone, and the public
-network where a folder of checkouts is given (``INPAINT_PEERS``) and it needs little memory. Training
-steps as bench_training.py has them, of 16 images of 256x256, with the public network.
+network where a folder of checkouts is given (``INPAINT_PEERS``) and it needs little memory. Training steps as
+bench_training.py has them, of 16 images of 256x256, with the public network.
 
 No floor is named: what a network needs at least is the sum of its ops', which have cases of their own.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from benches.harness import BFLOAT16, FLOAT32, TF32
+from benches.peers import folder_in_environment
 from benches.photo_case import MODELS, PhotoCase
 from benches.published_models import available_pairs
 from benches.published_race import PUBLISHED
@@ -41,17 +40,7 @@ class GpuPhotoCase(PhotoCase):
         return (*((PUBLISHED,) if races else ()), *self.own_ways)
 
     def facts(self) -> Mapping[str, Any]:
-        return {
-            "op": "photo",
-            "case": str(self),
-            "model": self.name,
-            "height": self.size[0],
-            "width": self.size[1],
-            "hole": self.hole,
-            "batch": 1,
-            "direction": "inference",
-            "precision": self.precision,
-        }
+        return {**self.description, "batch": 1, "precision": self.precision}
 
 
 @dataclass(frozen=True)
@@ -67,8 +56,7 @@ class GpuTrainingCase(TrainingCase):
 
 def cases() -> list[GpuPhotoCase | GpuTrainingCase]:
     """What ``make gpu`` runs, the most wanted first: time may run out."""
-    given = os.environ.get("INPAINT_PEERS")
-    peers = Path(given) if given else None
+    peers = folder_in_environment()
     photos = [
         GpuPhotoCase(name, SIDE, HOLE, peers, "cuda", precision) for name in MODELS for precision in (FLOAT32, BFLOAT16)
     ]

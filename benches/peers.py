@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -68,6 +69,12 @@ class Port:
     def checkout(self, folder: Path) -> Path | None:
         """Where its checkout lies in ``folder``, or None."""
         return find_checkout(self.repository, folder)
+
+
+def folder_in_environment() -> Path | None:
+    """What ``INPAINT_PEERS`` names."""
+    folder = os.environ.get("INPAINT_PEERS")
+    return Path(folder) if folder else None
 
 
 def find_checkout(repository: str, folder: Path | None) -> Path | None:

@@ -153,6 +153,19 @@ class PhotoCase:
         # Of the public networks' weights; see published_race.py. The tests compare all pixels, with other weights.
         return Provider(name, run=run, expected=lambda: means(_expected(self)), select=means, device=self.device)
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What is filled, without a run."""
+        return {
+            "op": "photo",
+            "case": str(self),
+            "model": self.name,
+            "height": self.size[0],
+            "width": self.size[1],
+            "hole": self.hole,
+            "direction": "inference",
+        }
+
     def facts(self) -> Mapping[str, Any]:
         options: dict[str, Any] = {**self.guidance, "working_bytes": WORKING_BYTES[STRIPS]}
         model, partial = self.model, HOLE in self.provider_names
@@ -161,15 +174,9 @@ class PhotoCase:
         if partial:
             estimates["hole"] = estimate_memory(model, *self.size, hole=self.box, **options)
         return {
-            "op": "photo",
-            "case": str(self),
-            "model": self.name,
-            "height": self.size[0],
-            "width": self.size[1],
-            "hole": self.hole,
+            **self.description,
             "estimated_mib": {name: round(size / 2**20, 1) for name, size in estimates.items()},
             "published_least_mib": round(least / 2**20, 1) if least and least > MOST_PUBLISHED_BYTES else None,
-            "direction": "inference",
         }
 
 
@@ -183,7 +190,7 @@ def _skeleton(name: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def _model(case: PhotoCase) -> Any:
     if case.published is not None:
-        return case.published.load_ours(_public_network(case.published, case.folder)).to(case.device)
+        return case.published.load_ours(_public_network(case.published, case.folder, "cpu")).to(case.device)
     torch.manual_seed(0)
     return MODELS[case.name]().eval().to(case.device)
 
@@ -228,7 +235,7 @@ def _published_runner(case: PhotoCase) -> Callable[[], Outputs]:
 
 
 @functools.lru_cache(maxsize=1)
-def _public_network(pair: PublishedModel, folder: Path | None, device: str = "cpu") -> nn.Module:
+def _public_network(pair: PublishedModel, folder: Path | None, device: str) -> nn.Module:
     assert folder is not None  # it was found there
     return pair.load_published(folder, device)
 
@@ -248,7 +255,7 @@ def _least_published_bytes(case: PhotoCase) -> int | None:
         return None
     if case.side <= 512:
         return 0  # each of them runs there
-    network = _public_network(pair, case.folder)
+    network = _public_network(pair, case.folder, "cpu")
     memory = LiveMemory()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), pair.peer.running(torch.zeros(())):
         image, mask = (torch.empty(1, channels, *case.size) for channels in (3, 1))
