@@ -56,28 +56,6 @@ inline unsigned grid_z(const AttentionTile& tile) {
   return static_cast<unsigned>(tile.samples);
 }
 
-// ---- Four keys ---------------------------------------------------------------------------------------------------
-
-// Elements [start, start + 4) of an aligned line of `width` elements, a multiple of 4; what lies outside is 0. `start`
-// is as far from a multiple of 4 in every thread of a grid, so the switch does not diverge.
-template <class T>
-__device__ __forceinline__ Quad<T> quad_from(const T* line, int64_t start, int64_t width) {
-  const int shift = static_cast<int>(start & (kQuad - 1));
-  const int64_t low_at = start - shift, high_at = low_at + kQuad;
-  Quad<T> low{}, high{};
-  if (low_at >= 0 && low_at < width) low = load_quad(line + low_at);
-  if (shift == 0) return low;
-  if (high_at >= 0 && high_at < width) high = load_quad(line + high_at);
-  switch (shift) {
-    case 1:
-      return {low.at[1], low.at[2], low.at[3], high.at[0]};
-    case 2:
-      return {low.at[2], low.at[3], high.at[0], high.at[1]};
-    default:
-      return {low.at[3], high.at[0], high.at[1], high.at[2]};
-  }
-}
-
 // ---- Probabilities -----------------------------------------------------------------------------------------------
 
 // What happens to probabilities after the softmax.
