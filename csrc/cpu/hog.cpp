@@ -1,8 +1,8 @@
 // hog on the CPU: one pass from pixels to the cells' histograms, one from these to normalised blocks and the picture.
 //
 // Traffic of 2000 x 2000 gray bytes with 9 bins and blocks of 3 x 3 cells: 4 MB read, 20 MB written (every cell stands
-// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel about 8 vector lanes' worth for its
-// bin and magnitude and 3 per bin for its histogram.
+// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel of bytes about 3 lanes of 32 bits for
+// its bin and magnitude (8 of other types) and 3 per bin for its histogram.
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -125,17 +125,20 @@ template <class A>
 struct Scratch {
   typedef typename A::T T;
   typedef typename A::Row Row;
+  typedef typename A::Difference Difference;
+  typedef typename A::Bin Bin;
   static constexpr int64_t kArrays = 4;  // of a row: two gradients
 
   int64_t cells_together, stride;  // stride: padded pixels of a row
   int64_t row_stride;              // of copied rows, which have a pixel more on either side
-  Buffer<T> magnitude, gradients;
-  Buffer<LaneInt<T>> bins, verdict;
+  Buffer<T> magnitude;
+  Buffer<Difference> gradients;
+  Buffer<Bin> bins, verdict;
   Buffer<Row> rows;
 
   Scratch(const Job& job, bool in_place)
       : cells_together(std::clamp<int64_t>(kPixelsTogether / (job.cell_rows * job.cell_columns), 1, job.cells_across)),
-        stride(round_up(cells_together * job.cell_columns, kPack<T>) + kPack<T>),
+        stride(round_up(cells_together * job.cell_columns, kPack<Difference>) + kPack<Difference>),
         row_stride(round_up(stride + 2, kAlignment)),
         magnitude(job.cell_rows * stride),
         gradients(kArrays * stride),
@@ -148,33 +151,31 @@ struct Scratch {
 template <class A>
 INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const typename A::Row* row,
                          int64_t channel_step, int64_t row_step, int64_t y, int64_t left, int64_t count,
-                         typename A::T* __restrict magnitude, LaneInt<typename A::T>* bins) {
-  typedef typename A::T T;
-  T* arrays = scratch.gradients.get();
+                         typename A::T* __restrict magnitude, typename A::Bin* bins) {
+  typedef typename A::Difference Difference;
+  Difference* arrays = scratch.gradients.get();
   const int64_t stride = scratch.stride;
-  const GradientRow<T> best{arrays, arrays + stride, magnitude};
-  const GradientRow<T> other{arrays + 2 * stride, arrays + 3 * stride, nullptr};
+  const GradientRow<A> best{arrays, arrays + stride}, other{arrays + 2 * stride, arrays + 3 * stride};
   const bool inside = y > 0 && y + 1 < job.height;
   // At the image's left and right border there is no difference.
   const int64_t begin = left == 0, end = left + count == job.width ? count - 1 : count;
   row += left;
   for (int64_t channel = 0; channel < job.channels; ++channel, row += channel_step) {
-    const GradientRow<T>& now = channel == 0 ? best : other;
+    const GradientRow<A>& now = channel == 0 ? best : other;
+    // The next piece of the row below, where this one ends: too few lines for the processor to foresee them.
     if (inside)
-      subtract<T>(now.down, row + row_step, row - row_step, count);
+      for (int64_t x = count; x < 2 * count; x += 64 / sizeof(*row)) __builtin_prefetch(row + row_step + x);
+    if (inside)
+      subtract(now.down, row + row_step, row - row_step, count);
     else
-      std::fill(now.down, now.down + count, T(0));
+      std::fill(now.down, now.down + count, Difference(0));
     now.right[0] = now.right[count - 1] = 0;
-    if (begin < end) subtract<T>(now.right + begin, row + begin + 1, row + begin - 1, end - begin);
-    if (channel > 0) {
-      keep_longer<A>(best, other, count, scratch.verdict.get());
-      continue;
-    }
-    const T* __restrict down = best.down, * __restrict right = best.right;
-    for (int64_t i = 0; i < count; ++i) magnitude[i] = down[i] * down[i] + right[i] * right[i];
+    if (begin < end) subtract(now.right + begin, row + begin + 1, row + begin - 1, end - begin);
+    if (channel > 0) keep_longer(best, other, count, scratch.verdict.get());
   }
-  find_bins<A>(borders, best.down, best.right, count, bins);
-  for (int64_t i = 0; i < count; ++i) magnitude[i] = std::sqrt(magnitude[i]);
+  find_bins(borders, best.down, best.right, count, bins);
+  const Difference* __restrict down = best.down, * __restrict right = best.right;
+  for (int64_t i = 0; i < count; ++i) magnitude[i] = std::sqrt(squared_length(down[i], right[i]));
 }
 
 // Histograms and energies of row `row` of cells of one image.
@@ -185,7 +186,7 @@ INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, S
   typedef typename A::T T;
   typedef typename A::Row Row;
   const int64_t top = row * job.cell_rows;
-  const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
+  const Votes<A> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
   for (int64_t first = 0; first < job.cells_across; first += scratch.cells_together) {
     const int64_t cells = std::min(scratch.cells_together, job.cells_across - first);
     const int64_t left = first * job.cell_columns, count = cells * job.cell_columns;
@@ -207,7 +208,7 @@ INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, S
               votes.magnitude + y * votes.stride, votes.bin + y * votes.stride);
     for (int64_t cell = 0; cell < cells; ++cell) {
       T* histogram = histograms + (first + cell) * job.orientations;
-      fill_histogram<T>(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations, histogram);
+      fill_histogram(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations, histogram);
       if (energy) energy[first + cell] = energy_of(histogram, job.orientations, norm);
     }
   }
