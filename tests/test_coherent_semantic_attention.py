@@ -180,6 +180,36 @@ def test_same_bits_for_any_number_of_threads_and_any_batch(dtype):
             assert_same_bits(alone, CoherentSemanticAttentionResult(*(part[i : i + 1] for part in expected)))
 
 
+# Many keys for each worker are searched with a filter of 16 bits in front, few are not: threads decide.
+FILTERED, UNFILTERED = 1, 12
+
+MANY_KEYS = {
+    "smooth": lambda x: x,
+    "one_vector": lambda x: x[..., :1, :1].expand_as(x).clone(),
+    "nearly_one_vector": lambda x: x[..., :1, :1] * (1 + 1e-6 * torch.randn_like(x)),
+    "few_vectors": lambda x: x[..., ::16, ::16].repeat_interleave(16, 2).repeat_interleave(16, 3),
+    "one_channel": lambda x: torch.cat([1e4 * x[:, :1], 1e-4 * x[:, 1:]], 1),
+    "short": lambda x: x * torch.logspace(-38, 0, x.shape[3]),
+    "long": lambda x: x * torch.logspace(0, 19.5, x.shape[3]),
+    "zeros": lambda x: x * (torch.rand(x.shape[2:]) > 0.5),
+    "special": lambda x: torch.where(torch.rand_like(x) > 0.9999, x * math.inf, x.where(x < 2.5, math.nan)),
+}
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", MANY_KEYS)
+@pytest.mark.parametrize("channels", [7, 64])
+def test_the_filter_of_many_keys_changes_no_bit(kind, channels):
+    torch.manual_seed(0)
+    x = MANY_KEYS[kind](features("relu", 1, channels, 128, 160, dtype=torch.float32))
+    flags = torch.zeros(128, 160, dtype=torch.bool)
+    flags[::9, ::11] = True
+    torch.set_num_threads(UNFILTERED)
+    expected = run(x, flags, "cpu")
+    torch.set_num_threads(FILTERED)
+    torch.testing.assert_close(run(x, flags, "cpu"), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layouts_give_the_same_bits_and_are_kept(backend, dtype):

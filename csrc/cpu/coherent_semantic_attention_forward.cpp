@@ -2,8 +2,10 @@
 //
 // For some samples at a time: the masked vectors become rows, blocks of known vectors are packed into panels by whoever
 // searches them, the best known vectors become rows too and are replaced, from first to last, by what is generated.
-// The score matrix is never stored; beyond the output it takes two rows per masked position.
+// The score matrix is never stored; beyond the output it takes two rows per masked position, and half of one for the
+// filter that many keys are searched with.
 #include "coherent_semantic_attention.h"
+#include "coherent_semantic_attention_filter.h"
 #include "coherent_semantic_attention_search.h"
 
 #include <algorithm>
@@ -13,8 +15,9 @@
 namespace inpaint {
 namespace {
 
-constexpr int64_t kPanelBytes = 256 << 10;  // keys of one block: what one core keeps in its second-level cache
-constexpr int64_t kBlocksPerWorker = 3;     // fewer keys than that in a block while there are more blocks than workers
+// Keys of one block, as they are read for every query: what one core keeps in its second-level cache.
+constexpr int64_t kPanelBytes = 256 << 10;
+constexpr int64_t kBlocksPerWorker = 3;  // fewer keys than that in a block while there are more blocks than workers
 constexpr double kEps = 1e-8;
 
 // ---- Packing keys ------------------------------------------------------------------------------------------------
@@ -170,6 +173,7 @@ class Group {
   void run() {
     if (rows_ > 0) {
       queries_ = Buffer<T>(rows_ * stride_);
+      if (filtered()) filter_ = FilterQueries(rows_, channels_);
       gather_queries();
       search();
       generated_ = Buffer<T>(rows_ * stride_);
@@ -181,7 +185,14 @@ class Group {
   }
 
  private:
+  static constexpr bool kHasFilter = std::is_same_v<T, float>;
+
   int64_t count() const { return static_cast<int64_t>(samples_.size()); }
+
+  bool filtered() const {
+    if (!kHasFilter || !has_filter() || channels_ > kMostFilteredChannels) return false;
+    return filter_pays(tile_, samples_[0].positions.known_count() / worker_count());
+  }
 
   // Blocks of rows of all samples.
   Pieces row_blocks() const {
@@ -198,6 +209,9 @@ class Group {
       T* rows = queries_.get() + (sample.first_row + first) * stride_;
       if (some > 0) gather_rows(sample.x, sample.masked_offsets.data() + first, some, rows, stride_);
       for (int64_t i = std::max(first, masked); i < last; ++i) std::fill_n(rows + (i - first) * stride_, stride_, T(0));
+      if constexpr (kHasFilter)
+        for (int64_t i = first; filtered() && i < last; ++i)
+          filter_.set(sample.first_row + i, rows + (i - first) * stride_);
     });
   }
 
@@ -207,8 +221,8 @@ class Group {
     for (const Sample<T, Element>& sample : samples_)
       if (sample.padded > 0) keys += sample.positions.known_count();
     const int64_t columns = tile_.columns;
-    const int64_t fits = kPanelBytes / (channels_ * static_cast<int64_t>(sizeof(T))),
-                  share = keys / (kBlocksPerWorker * worker_count());
+    const int64_t element = filtered() ? sizeof(int16_t) : sizeof(T);
+    const int64_t fits = kPanelBytes / (channels_ * element), share = keys / (kBlocksPerWorker * worker_count());
     const int64_t block = std::max(columns, std::min(fits, share) / columns * columns);
     Pieces pieces;
     for (const Sample<T, Element>& sample : samples_)
@@ -221,6 +235,9 @@ class Group {
     std::fill_n(indices_.get(), workers_ * rows_, std::numeric_limits<int32_t>::max());
     const int64_t own = (channels_ + kChannelsAhead) * block + block;  // the last panels are read ahead of
     const Buffer<T> panels(workers_ * own);
+    const int64_t own_words = filtered() ? ceil_div(channels_, 2) * block : 0;
+    const Buffer<int32_t> words(workers_ * own_words);
+    std::vector<uint8_t> crowded(filtered() ? workers_ * rows_ : 0);
     pieces.run(block * rows_, [&](int64_t worker, int64_t b, int64_t piece) {
       const Sample<T, Element>& sample = samples_[b];
       T* packed = panels.get() + worker * own;
@@ -228,8 +245,18 @@ class Group {
       const int64_t first = piece * block, valid = std::min(block, sample.positions.known_count() - first);
       pack_panels(sample.x, sample.known_offsets.data() + first, valid, columns, packed, inverse_norm);
       const int64_t at = worker * rows_ + sample.first_row;
-      search_block(queries_.get() + sample.first_row * stride_, stride_, sample.padded, channels_,
-                   KeyBlock<T>{packed, inverse_norm, valid, first}, Best<T>{scores_.get() + at, indices_.get() + at});
+      const T* queries = queries_.get() + sample.first_row * stride_;
+      const KeyBlock<T> keys{packed, inverse_norm, valid, first};
+      const Best<T> best{scores_.get() + at, indices_.get() + at};
+      if constexpr (kHasFilter) {
+        if (filtered()) {
+          int32_t* own_panels = words.get() + worker * own_words;
+          const double error = pack_filter_panels(keys, channels_, columns, own_panels);
+          return filter_block(queries, stride_, sample.padded, channels_, filter_, sample.first_row,
+                              {keys, own_panels, error, crowded.data() + at}, best);
+        }
+      }
+      search_block(queries, stride_, sample.padded, channels_, keys, best);
     });
   }
 
@@ -316,6 +343,7 @@ class Group {
   SearchTile tile_ = search_tile(T{});
   int64_t channels_ = 0, stride_ = 0, rows_ = 0, workers_ = 1;
   Buffer<T> queries_, generated_, scores_, weights_;
+  FilterQueries filter_;
   Buffer<int32_t> indices_;
 };
 
