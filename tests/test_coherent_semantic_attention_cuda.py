@@ -593,6 +593,7 @@ def test_order_of_threads_does_not_matter(search, variant, monkeypatch, chunks_a
 
 
 @needs_emulation
+@pytest.mark.slow  # the sanitiser's build takes a minute
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_access_out_of_bounds(variant, monkeypatch, chunks_at_once):
     if variant == "paper":

@@ -214,6 +214,7 @@ def test_order_of_threads_does_not_matter():
 
 
 @needs_emulation
+@pytest.mark.slow  # the sanitiser's build takes a minute
 @pytest.mark.parametrize(
     "options", [{}, {"fuse": 0, "patch": 1}, {"patch": 5, "fuse": 5, "floor": 1e-3}, {"paste_size": 3, "divisor": 0.0}]
 )
