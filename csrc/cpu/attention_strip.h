@@ -202,6 +202,7 @@ struct CellPixels {
   const std::vector<std::pair<int64_t, int64_t>>& phases;
 
   int64_t columns() const { return channels * static_cast<int64_t>(phases.size()); }
+  int64_t count() const { return height * width; }
   // Flat index of the pixel of cell (y, x) and phase number `phase` in one channel; kNowhere outside the map.
   int64_t pixel(int64_t y, int64_t x, size_t phase) const {
     const int64_t row = rate * y + phases[phase].first - pad, column = rate * x + phases[phase].second - pad;
@@ -209,15 +210,25 @@ struct CellPixels {
   }
 };
 
+// A map of [channels][pixels] in either layout.
+template <class T>
+struct FlatMap {
+  const T* data;
+  int64_t channel_stride, pixel_stride;
+
+  // [channels, pixels], dense.
+  static FlatMap planes(const T* data, int64_t pixels) { return {data, pixels, 1}; }
+};
+
 // Map values gathered into panels for multiply_tile: [panels of columns][cells][kTileColumns], zero outside the map.
 template <class T>
 class CellPanels {
  public:
   // cells: flat positions in a grid of `grid_width` columns, either listed or the `count` ones from `first` on.
-  CellPanels(const T* map, const CellPixels& pixels, int64_t grid_width, int64_t count, const int64_t* list,
+  CellPanels(const FlatMap<T>& map, const CellPixels& pixels, int64_t grid_width, int64_t count, const int64_t* list,
              int64_t first = 0)
       : panels_(ceil_div(pixels.columns(), kTileColumns<T>)), cells_(count), data_(panels_ * cells_ * kTileColumns<T>) {
-    const int64_t phases = static_cast<int64_t>(pixels.phases.size()), plane = pixels.height * pixels.width;
+    const int64_t phases = static_cast<int64_t>(pixels.phases.size());
     run_tasks(ceil_div(count, kCellsPerTask), kCellsPerTask * pixels.columns(), [&](int64_t, int64_t task) {
       const int64_t begin = task * kCellsPerTask, end = std::min(count, begin + kCellsPerTask);
       std::vector<int64_t> from(phases * kCellsPerTask);
@@ -228,10 +239,10 @@ class CellPanels {
               pixels.pixel(position / grid_width, position % grid_width, phase);
       }
       for (int64_t n = 0; n < panels_ * kTileColumns<T>; ++n) {
-        const T* channel = n < pixels.columns() ? map + n / phases * plane : nullptr;
+        const T* channel = n < pixels.columns() ? map.data + n / phases * map.channel_stride : nullptr;
         for (int64_t cell = begin; cell < end; ++cell) {
           const int64_t pixel = from[n % phases * kCellsPerTask + cell - begin];
-          at(cell, n) = channel && pixel >= 0 ? channel[pixel] : T(0);
+          at(cell, n) = channel && pixel >= 0 ? channel[pixel * map.pixel_stride] : T(0);
         }
       }
     });

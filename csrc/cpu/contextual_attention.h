@@ -80,6 +80,18 @@ inline std::vector<int64_t> wanted_cells(const bool* selected, GridSize queries,
   return list;
 }
 
+// Cells in the widest row of the list, but not more than there are queries in a row.
+inline int64_t widest_row(const std::vector<int64_t>& cells, GridSize queries, int64_t reach) {
+  const int64_t cell_width = queries.width + reach - 1;
+  int64_t row = -1, count = 0, widest = 1;
+  for (const int64_t cell : cells) {
+    count = cell / cell_width == row ? count + 1 : 1;
+    row = cell / cell_width;
+    widest = std::max(widest, count);
+  }
+  return std::min(widest, queries.width);
+}
+
 // A piece of the wanted cells and the queries it needs.
 struct StripCells {
   std::vector<int64_t> cells;
@@ -128,7 +140,9 @@ struct AttentionInputs {
         semantics(s) {
     check_rank(query, "query", 4);
     check_rank(key, "key", 4);
-    check_dense(value, "value", 4);
+    check_rank(value, "value", 4);
+    STD_TORCH_CHECK(value.size(2) == 1 || value.size(3) == 1 || value.stride(2) == value.size(3) * value.stride(3),
+                    "value: expected the rows of a plane one after the other");
     STD_TORCH_CHECK(s.patch <= kMaxPatch && s.fuse <= kMaxFuse, "patch, fuse: expected at most ", kMaxPatch);
   }
   int64_t reach() const { return semantics.reach(); }
@@ -137,9 +151,9 @@ struct AttentionInputs {
     const int64_t row = keys.height * (keys.width + reach()) * static_cast<int64_t>(sizeof(T));
     return std::max<int64_t>(1, std::min(bytes / row, queries.count()));
   }
-  // The same for `rows` rows of queries, within bounds.
-  int64_t capacity_of_rows(int64_t rows, int64_t min_bytes, int64_t max_bytes) const {
-    const int64_t bytes = rows * queries.width * keys.count() * static_cast<int64_t>(sizeof(T));
+  // The same for `rows` rows of `width` queries, within bounds.
+  int64_t capacity_of_rows(int64_t rows, int64_t width, int64_t min_bytes, int64_t max_bytes) const {
+    const int64_t bytes = rows * width * keys.count() * static_cast<int64_t>(sizeof(T));
     return capacity(std::clamp(bytes, min_bytes, max_bytes));
   }
   CellPixels value_pixels(const PhaseGroup& group) const {

@@ -115,7 +115,7 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
                      const KeyLogits<T>& logits, const bool* selected, const Gradients<T>& out) {
   const Semantics& semantics = inputs.semantics;
   const std::vector<std::pair<int64_t, int64_t>> single{{0, 0}};
-  const CellPanels<T> key_columns(key.data,
+  const CellPanels<T> key_columns(FlatMap<T>::planes(key.data, inputs.keys.count()),
                                   CellPixels{inputs.channels, inputs.keys.height, inputs.keys.width, 1, 0, single},
                                   inputs.keys.width, inputs.keys.count(), nullptr);
   const Buffer<T> inverse_norm = reciprocals(norm, inputs.keys.count());
@@ -132,9 +132,11 @@ void attend_backward(const AttentionInputs<T>& inputs, const T* gradient, const 
   const std::vector<PhaseGroup> groups = phase_groups(semantics);
   std::vector<ValueCells<T>> values;
   for (const PhaseGroup& group : groups) values.emplace_back(value, inputs.value_pixels(group), key_cells);
+  const std::vector<int64_t> wanted = wanted_cells(selected, inputs.queries, semantics);
   const std::vector<StripCells> parts =
-      cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries, inputs.reach(),
-                 inputs.capacity_of_rows(kBackwardStripRows, kBackwardStripMinBytes, kBackwardStripMaxBytes));
+      cut_strips(wanted, inputs.queries, inputs.reach(),
+                 inputs.capacity_of_rows(kBackwardStripRows, widest_row(wanted, inputs.queries, inputs.reach()),
+                                         kBackwardStripMinBytes, kBackwardStripMaxBytes));
   int64_t query_capacity = 0, cell_capacity = 0;
   for (const StripCells& part : parts) {
     query_capacity = std::max(query_capacity, part.queries.size());

@@ -27,7 +27,7 @@ std::vector<ValueBand> value_bands(GridSize key_cells, int64_t bytes_per_row) {
 template <class T>
 class CellPaste {
  public:
-  CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const T* value, const ValueBand& band,
+  CellPaste(const AttentionInputs<T>& inputs, const PhaseGroup& group, const FlatMap<T>& value, const ValueBand& band,
             const PixelWeights<T>& weights)
       : inputs_(inputs),
         group_(group),
@@ -145,7 +145,7 @@ struct ForwardOutputs {
 };
 
 template <class T>
-void attend(const AttentionInputs<T>& inputs, const MapView<T>& query, const MapView<T>& key, const T* value,
+void attend(const AttentionInputs<T>& inputs, const MapView<T>& query, const MapView<T>& key, const FlatMap<T>& value,
             const T* norm, const KeyLogits<T>& logits, const bool* selected, const ForwardOutputs<T>& out) {
   const Semantics& semantics = inputs.semantics;
   const Buffer<T> inverse_norm = reciprocals(norm, inputs.keys.count());
@@ -162,9 +162,11 @@ void attend(const AttentionInputs<T>& inputs, const MapView<T>& query, const Map
   if (bands.size() == 1) for_each_paste([&](CellPaste<T>&& paste) { kept.push_back(std::move(paste)); });
   const int64_t other_bytes = pixel_bytes * (inputs.queries.count() + bands[0].rows * key_cells.width);
   const int64_t most_bytes = std::clamp(kWorkspaceBytes - other_bytes, kWorkspaceMinBytes, kStripMaxBytes);
+  const std::vector<int64_t> wanted = wanted_cells(selected, inputs.queries, semantics);
   const std::vector<StripCells> parts =
-      cut_strips(wanted_cells(selected, inputs.queries, semantics), inputs.queries, inputs.reach(),
-                 inputs.capacity_of_rows(kStripRows, kStripMinBytes, most_bytes));
+      cut_strips(wanted, inputs.queries, inputs.reach(),
+                 inputs.capacity_of_rows(kStripRows, widest_row(wanted, inputs.queries, inputs.reach()), kStripMinBytes,
+                                         most_bytes));
   int64_t capacity = 0;
   for (const StripCells& part : parts) capacity = std::max(capacity, part.queries.size());
   AttentionStrip<T> strip(capacity, inputs.keys, inputs.reach());
@@ -205,7 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> contextual_attention_forward(
                                 sample_of<T>(key_bias, b));
       const int64_t matches = inputs.queries.count() * b;
       attend(inputs, view_of<T>(query, b), view_of<T>(key, b),
-             value.const_data_ptr<T>() + b * inputs.value_channels * inputs.value_height * inputs.value_width,
+             FlatMap<T>{value.const_data_ptr<T>() + b * value.stride(0), value.stride(1),
+                        value.stride(value.size(3) > 1 ? 3 : 2)},
              norm.const_data_ptr<T>() + b * inputs.keys.count(), logits, wanted,
              ForwardOutputs<T>{output.mutable_data_ptr<T>() + b * output.size(1) * output.size(2) * output.size(3),
                                return_offsets ? index.mutable_data_ptr<int64_t>() + matches : nullptr,

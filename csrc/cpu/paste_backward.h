@@ -112,7 +112,8 @@ class PasteBackward {
         cell_width_(inputs.queries.width + inputs.reach() - 1),
         cells_(static_cast<int64_t>(part.cells.size())),
         columns_(inputs.output_pixels(group).columns()),
-        gradient_(weighted_gradient, inputs.output_pixels(group), cell_width_, cells_, part.cells.data()),
+        gradient_(FlatMap<T>::planes(weighted_gradient, inputs.output_pixels(group).count()),
+                  inputs.output_pixels(group), cell_width_, cells_, part.cells.data()),
         gradient_tiles_(gradient_, cells_, columns_),
         chunk_(iota(kTileInner)) {}
 

@@ -455,8 +455,13 @@ def _dense_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -
 
 
 def _strided_maps(dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without copying query and key, views of every ``rate``-th pixel of f and b: 134 MB each at 4096x4096."""
-    return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype).contiguous()
+    """The same without copying query and key, views of every ``rate``-th pixel of f and b: 134 MB each at 4096x4096.
+
+    Nor is a value map in channels_last copied.
+    """
+    value = _cast(value, dtype)
+    in_order = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
+    return _cast(query, dtype), _cast(key, dtype), value if in_order else value.contiguous()
 
 
 def _dense_maps_as_they_are(
@@ -506,12 +511,11 @@ def _workspace_bytes(problem: _Problem, queries: Box | Tensor | None, backend: s
     values = values if values <= _VALUE_BYTES else _VALUE_BAND_BYTES
     output = rate**2 * problem.value.shape[1] * size * height * width
     most = min(max(_TOGETHER_BYTES - output - values, _LEAST_BYTES), _STRIP_BYTES[1])
-    strip = min(max(_STRIP_ROWS * width * keys, _STRIP_BYTES[0]), most)
-    wanted = height * width
     if queries is not None and not isinstance(queries, Tensor):
         beside = 2 * (-(-problem.semantics.paste_size // rate) - 1)  # cells of neighbours reach into the box's
-        wanted = min(queries[2] - queries[0] + beside, height) * min(queries[3] - queries[1] + beside, width)
-    return values + min(strip, wanted * keys)
+        height, width = min(queries[2] - queries[0] + beside, height), min(queries[3] - queries[1] + beside, width)
+    strip = min(max(_STRIP_ROWS * width * keys, _STRIP_BYTES[0]), most)
+    return values + min(strip, height * width * keys)
 
 
 # 6. Autograd and autocast ---------------------------------------------------------------------------------------------
