@@ -375,6 +375,7 @@ def cpu_convolution(
         geometry.pad[2],
         *geometry.dilation,
         few_outputs,
+        geometry.upsample,
         geometry.reflect,
         *activation,
         None if residual is None else like(residual, x),
