@@ -131,8 +131,8 @@ STABLE_TORCH_LIBRARY(inpaint_native, m) {
       "Tensor(a!) grad_sums) -> ()");
   m.def(
       "dilated_conv2d(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int stride_y, int stride_x, int pad_top, "
-      "int pad_left, int dilation_y, int dilation_x, bool few_outputs, bool reflect, str activation, float slope, "
-      "Tensor? residual, Tensor(a!) y) -> ()");
+      "int pad_left, int dilation_y, int dilation_x, bool few_outputs, int upsample, bool reflect, str activation, "
+      "float slope, Tensor? residual, Tensor(a!) y) -> ()");
   m.def(
       "partial_conv2d(Tensor x, Tensor mask, Tensor segments, Tensor weight, Tensor packed, Tensor? bias, int "
       "stride_y, int stride_x, int pad_top, int pad_left, int dilation_y, int dilation_x, bool few_outputs, Tensor "

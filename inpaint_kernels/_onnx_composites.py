@@ -34,6 +34,7 @@ def dilated_conv2d(
     pad: Any,
     dilation: Any,
     groups: int,
+    upsample: int,
     reflect: bool,
     activation: str,
     negative_slope: float,
@@ -41,7 +42,7 @@ def dilated_conv2d(
     backend: str,
 ) -> Tensor:
     """A convolution, perhaps with a border before it, and its activation."""
-    geometry = Geometry(tuple(stride), tuple(pad), tuple(dilation), groups, reflect=reflect)
+    geometry = Geometry(tuple(stride), tuple(pad), tuple(dilation), groups, upsample, reflect)
     y = _activate(convolve(x, weight, bias, geometry), activation, negative_slope)
     return y if residual is None else y + residual
 

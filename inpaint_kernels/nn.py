@@ -302,9 +302,10 @@ class DilatedConv2d(torch.nn.Conv2d):
         dilation: the same.
         groups: the same.
         bias: whether there is one.
-        activation: the same, as the next three.
+        activation: the same, as the next four.
         negative_slope: the same.
         padding_mode: the same.
+        upsample: the same.
         backend: the same.
         device: of the parameters.
         dtype: of the parameters.
@@ -330,6 +331,7 @@ class DilatedConv2d(torch.nn.Conv2d):
         activation: str = "relu",
         negative_slope: float = 0.2,
         padding_mode: str = "zeros",
+        upsample: int = 1,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -340,7 +342,8 @@ class DilatedConv2d(torch.nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )
         self.padding_mode = padding_mode  # type: ignore[assignment]
-        self.activation, self.negative_slope, self.backend = activation, negative_slope, backend
+        self.activation, self.negative_slope = activation, negative_slope
+        self.upsample, self.backend = upsample, backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Shapes as in the function."""
@@ -356,12 +359,13 @@ class DilatedConv2d(torch.nn.Conv2d):
             negative_slope=self.negative_slope,
             residual=residual,
             padding_mode=self.padding_mode,
+            upsample=self.upsample,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         """What differs from a plain convolution, for ``repr``."""
-        return super().extra_repr() + _options(self, {"activation": ""})
+        return super().extra_repr() + _options(self, {"activation": "", "upsample": 1})
 
 
 class PartialConv2d(torch.nn.Conv2d):

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from inpaint_kernels.models._boxes import Box
-from inpaint_kernels.models._regions import Part, Window, keeps_for_gradients
+from inpaint_kernels.models._regions import Part, Window
 from torch import Tensor, nn
 
 from inpaint_kernels import dilated_conv2d, gated_conv2d
@@ -57,9 +51,18 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, part: Part | None = None) -> Tensor:
         """[B, Cin, H, W] -> [B, channels, H * upsample / stride, W * upsample / stride], or a part of it."""
-        padding = self._padding(x) if part is None else part.padding
-        convolve = self._gated if self.gated else self._plain
-        y = convolve(x, padding, "reflect" if self.border == "reflect" else "zeros")
+        convolve = gated_conv2d if self.gated else dilated_conv2d
+        y = convolve(
+            x,
+            self.conv.weight,
+            self.conv.bias,
+            self.conv.stride[0],
+            self._padding(x) if part is None else part.padding,
+            self.conv.dilation[0],
+            activation=self.activation,
+            padding_mode="reflect" if self.border == "reflect" else "zeros",
+            upsample=self.upsample,
+        )
         return y if part is None else part.crop(y)
 
     @property
@@ -88,56 +91,3 @@ class Convolution(nn.Module):
     def _padding(self, x: Tensor) -> tuple[int, int, int, int]:
         rows, columns = self._window(x.shape[2]), self._window(x.shape[3])
         return rows.before, rows.after, columns.before, columns.after
-
-    def _plain(self, x: Tensor, padding: tuple[int, int, int, int], mode: str) -> Tensor:
-        weight, bias, stride, dilation = self.conv.weight, self.conv.bias, self.conv.stride[0], self.conv.dilation[0]
-        options: dict[str, Any] = {"activation": self.activation, "padding_mode": mode}
-        if self.upsample == 1:
-            return dilated_conv2d(x, weight, bias, stride, padding, dilation, **options)
-        enlarged = _enlarged(x, self.upsample)
-        with _kept_small(x, enlarged, self.upsample):
-            return dilated_conv2d(enlarged, weight, bias, stride, padding, dilation, **options)
-
-    def _gated(self, x: Tensor, padding: tuple[int, int, int, int], mode: str) -> Tensor:
-        weight, bias, stride, dilation = self.conv.weight, self.conv.bias, self.conv.stride[0], self.conv.dilation[0]
-        return gated_conv2d(
-            x,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            activation=self.activation,
-            padding_mode=mode,
-            upsample=self.upsample,
-        )
-
-
-def _enlarged(x: Tensor, factor: int) -> Tensor:
-    return F.interpolate(x, scale_factor=factor, mode="nearest")
-
-
-@contextmanager
-def _kept_small(x: Tensor, enlarged: Tensor, factor: int) -> Iterator[None]:
-    """What is kept of ``enlarged`` for the gradient is ``x``, kept anyway: an eighth less for DeepFill v1's steps."""
-    if not keeps_for_gradients():
-        yield
-        return
-
-    # The hooks live as long as the graph; the enlarged map must not.
-    small, storage, shape = x.detach(), _storage(enlarged), enlarged.shape
-
-    def pack(kept: Tensor) -> tuple[Tensor, bool]:
-        is_enlarged = _storage(kept) == storage and kept.shape == shape
-        return (small, True) if is_enlarged else (kept, False)
-
-    def unpack(packed: tuple[Tensor, bool]) -> Tensor:
-        kept, is_enlarged = packed
-        return _enlarged(kept, factor) if is_enlarged else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

@@ -16,6 +16,7 @@ from inpaint_kernels.portable import _convolution
 from tests.convolutions import (
     BORDERS,
     LAYOUTS,
+    UPSAMPLED,
     ZEROS,
     Arguments,
     PeakMemory,
@@ -31,7 +32,7 @@ from tests.convolutions import (
 )
 
 BACKENDS = backends("dilated_conv2d")
-GEOMETRIES = [*ZEROS, *BORDERS]
+GEOMETRIES = [*ZEROS, *BORDERS, *UPSAMPLED]
 ACTIVATIONS = ("relu", "elu", "leaky_relu", "none")
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -102,7 +103,7 @@ def test_groups_run_on_the_portable_backend(groups):
 
 @on_every_backend
 @in_both_layouts
-@pytest.mark.parametrize("geometry", [ZEROS[5], ZEROS[8], ZEROS[11], BORDERS[1], BORDERS[9]], ids=str)
+@pytest.mark.parametrize("geometry", [ZEROS[5], ZEROS[8], ZEROS[11], BORDERS[1], BORDERS[9], *UPSAMPLED], ids=str)
 def test_gradients(backend, layout, geometry):
     assert_gradients_equal_reference(dilated_conv2d, with_residual(layer(geometry, layout=layout)), backend)
 
@@ -192,7 +193,7 @@ def test_gradient_penalty_of_a_part_of_the_inputs():
 def test_gradient_of_the_bare_op_with_a_residual_is_an_error():
     x, weight = torch.zeros(1, 2, 4, 4, requires_grad=True), torch.zeros(2, 2, 1, 1)
     op = torch.ops.inpaint_kernels.dilated_conv2d
-    y = op(x, weight, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, False, "relu", 0.2, x.detach(), "portable")
+    y = op(x, weight, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, 1, False, "relu", 0.2, x.detach(), "portable")
     with pytest.raises(RuntimeError, match="the torch op has no gradient with a residual"):
         y.sum().backward()
 
@@ -283,7 +284,7 @@ def test_opcheck(backend):
     op = torch.ops.inpaint_kernels.dilated_conv2d.default
     arguments = with_residual(layer({"kernel": 3, "padding": 2, "dilation": 2}, size=(6, 7), dtype=torch.float32))
     x, weight, bias, residual = (arguments[name] for name in ("x", "weight", "bias", "residual"))
-    geometry = ((1, 1), (2, 2, 2, 2), (2, 2), 1)
+    geometry = ((1, 1), (2, 2, 2, 2), (2, 2), 1, 1)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(op, (*leaves, *geometry, False, "elu", 0.2, None, backend))
     last = x.contiguous(memory_format=torch.channels_last)

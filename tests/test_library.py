@@ -141,7 +141,7 @@ def test_readme_lists_every_environment_variable():
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
 PUBLIC = "public names"
-FOUNDATION = {"_backends", "_checks", "_compile", "_native", "_packed_weights", "_workspaces"}
+FOUNDATION = {"_backends", "_checks", "_compile", "_map_memory", "_native", "_packed_weights", "_workspaces"}
 
 # Module or folder -> what it may import of the package.
 MAY_IMPORT = {
@@ -151,6 +151,7 @@ MAY_IMPORT = {
     "_checks": {"_compile"},
     "_compile": set(),
     "_files": set(),
+    "_map_memory": set(),
     "_native": {"_compile"},
     "_onnx_composites": {"portable", "reference"},
     "_packed_weights": set(),

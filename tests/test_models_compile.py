@@ -309,9 +309,10 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "gated_conv2d-upsample": lambda x: _gated(x, upsample=2, padding=(1, 2, 3, 4), activation="leaky_relu"),
     "gated_conv2d-same_tf": lambda x: gated_conv2d(x, WEIGHT, BIAS, 2, padding_mode="same_tf", activation="relu"),
     "dilated_conv2d-residual": lambda x: torch.ops.inpaint_kernels.dilated_conv2d(
-        x.detach(), WEIGHT, BIAS, [1, 1], [1, 1, 1, 1], [1, 1], 1, False, "relu", 0.2, MANY, "portable"
+        x.detach(), WEIGHT, BIAS, [1, 1], [1, 1, 1, 1], [1, 1], 1, 1, False, "relu", 0.2, MANY, "portable"
     ),
     "dilated_conv2d-reflect": lambda x: dilated_conv2d(x, WEIGHT, padding=1, padding_mode="reflect", activation="elu"),
+    "dilated_conv2d-upsample": lambda x: dilated_conv2d(x, WEIGHT, upsample=2, padding=(1, 2, 3, 4), activation="elu"),
     "dilated_conv2d-groups": lambda x: dilated_conv2d(x, WEIGHT[:, :3], BIAS, 2, groups=2, activation="none"),
     **{
         f"partial_conv2d-{rule}": functools.partial(partial_conv2d, mask=1 - HOLES, weight=WEIGHT, bias=BIAS, rule=rule)

@@ -8,9 +8,9 @@ namespace {
 // layout.
 void dilated_conv2d(const Tensor& x, const Tensor& weight, const Tensor& packed, const std::optional<Tensor>& bias,
                     int64_t stride_y, int64_t stride_x, int64_t pad_top, int64_t pad_left, int64_t dilation_y,
-                    int64_t dilation_x, bool few_outputs, bool reflect, const std::string& activation, double slope,
-                    const std::optional<Tensor>& residual, Tensor y) {
-  const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, 1, reflect};
+                    int64_t dilation_x, bool few_outputs, int64_t upsample, bool reflect, const std::string& activation,
+                    double slope, const std::optional<Tensor>& residual, Tensor y) {
+  const ConvolutionArguments geometry{stride_y, stride_x, pad_top, pad_left, dilation_y, dilation_x, upsample, reflect};
   STD_TORCH_CHECK(weight.size(0) == y.size(1), "weight: expected an output channel for each of y");
   dispatch_element(x.scalar_type(), "x", [&](auto sum, auto element) {
     using T = decltype(sum);

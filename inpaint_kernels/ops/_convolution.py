@@ -22,6 +22,7 @@ from inpaint_kernels._checks import (
     check_shape,
 )
 from inpaint_kernels._compile import constant_for_compile
+from inpaint_kernels._map_memory import empty_map
 from inpaint_kernels._packed_weights import PACKED_WEIGHTS
 from inpaint_kernels.ops._common import always
 from inpaint_kernels.portable._convolution import (
@@ -29,7 +30,6 @@ from inpaint_kernels.portable._convolution import (
     Geometry,
     convolution_backward,
     convolution_padding,
-    empty_maps,
     layout_of,
     prepare_backward,
 )
@@ -315,6 +315,11 @@ class ConvolutionBackends(OpBackends[C]):
         return ConvolutionExplanation(**fields, triton_way=way)
 
 
+def cpu_map(x: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """An uninitialised map [B, channels, height, width] in the dtype and the layout of ``x``, for a CPU kernel."""
+    return empty_map((x.shape[0], channels, *size), x.dtype, layout_of(x))
+
+
 class _CpuPacking(NamedTuple):
     """What decides how a weight is packed for the CPU kernels (csrc/cpu/convolution.h)."""
 
@@ -358,8 +363,7 @@ def cpu_convolution(
 ) -> Tensor:
     """activation(convolution + bias) + residual by the CPU kernel of ``dilated_conv2d``."""
     x = dense(x)
-    size = geometry.output_of(x, weight)
-    y = empty_maps(x, weight.shape[0], size)
+    y = cpu_map(x, weight.shape[0], geometry.output_of(x, weight))
     packed, few_outputs = cpu_weight(x, weight, geometry)
     torch.ops.inpaint_native.dilated_conv2d(
         x,
@@ -371,6 +375,7 @@ def cpu_convolution(
         geometry.pad[2],
         *geometry.dilation,
         few_outputs,
+        geometry.upsample,
         geometry.reflect,
         *activation,
         None if residual is None else like(residual, x),

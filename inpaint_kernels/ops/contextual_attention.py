@@ -495,7 +495,7 @@ def _dense_per_position(
 
 # The constants of csrc/cpu/contextual_attention.h.
 _STRIP_ROWS, _VALUE_BYTES, _VALUE_BAND_BYTES = 16, 160 << 20, 64 << 20
-_STRIP_BYTES, _LEAST_BYTES, _TOGETHER_BYTES = (40 << 20, 640 << 20), 160 << 20, 880 << 20
+_STRIP_BYTES, _LEAST_BYTES, _TOGETHER_BYTES = (24 << 20, 640 << 20), 160 << 20, 880 << 20
 _BOUNDED_WORKSPACES = {"cuda": cuda_plan.WORKSPACE_BYTES, "portable": portable.WORKSPACE_BYTES}
 
 

@@ -55,6 +55,7 @@ def dilated_conv2d(
     negative_slope: float = 0.2,
     residual: Tensor | None = None,
     padding_mode: str = "zeros",
+    upsample: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """Convolve with taps ``dilation`` pixels apart, activate, add.
@@ -92,6 +93,7 @@ def dilated_conv2d(
         padding_mode: "zeros"; "reflect", the border mirrored, ``padding`` smaller than the image; or "same_tf",
             TensorFlow's SAME, where ``padding`` must be 0: zeros for ceil(size / stride) outputs, half of them in front
             and the odd one behind.
+        upsample: 2: every pixel of x is four equal ones first, sides 2H and 2W; no map of that size exists.
         backend: "cpu", "triton", "portable" or "reference"; None: the first that can run, see
             :func:`inpaint_kernels.explain`.
 
@@ -120,10 +122,11 @@ def dilated_conv2d(
         negative_slope=negative_slope,
         residual=residual,
         padding_mode=padding_mode,
+        upsample=upsample,
     )
     backend = BACKENDS.choose(problem, backend)
     x, weight, bias, geometry, act, residual = problem
-    settings = (*geometry_arguments(geometry), geometry.reflect, *act)
+    settings = (*geometry_arguments(geometry), geometry.upsample, geometry.reflect, *act)
     call: Callable[..., Tensor] = torch.ops.inpaint_kernels.dilated_conv2d
     if wants_gradient(x, weight, bias, residual):
         # The activation's gradient is taken from its result, which a residual would hide.
@@ -165,10 +168,11 @@ def _prepare(
     negative_slope: float = 0.2,
     residual: Tensor | None = None,
     padding_mode: str = "zeros",
+    upsample: int = 1,
 ) -> _Problem:
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_convolution(x, weight, bias, groups)
-    geometry = make_geometry(x, weight, stride, padding, dilation, groups, padding_mode)
+    geometry = make_geometry(x, weight, stride, padding, dilation, groups, padding_mode, upsample)
     if residual is not None:
         height, width = geometry.output_of(x, weight)
         sizes = {"B": x.shape[0], "C": weight.shape[0], "Ho": height, "Wo": width}
@@ -180,7 +184,7 @@ def _prepare(
 
 # 3. Schema ------------------------------------------------------------------------------------------------------------
 
-_SETTINGS_SCHEMA = f"{GEOMETRY_SCHEMA}, bool reflect, str activation, float negative_slope"
+_SETTINGS_SCHEMA = f"{GEOMETRY_SCHEMA}, int upsample, bool reflect, str activation, float negative_slope"
 
 _library = torch.library.Library("inpaint_kernels", "FRAGMENT")
 _library.define(
@@ -198,7 +202,7 @@ _library.define(
 
 @torch.library.register_fake("inpaint_kernels::dilated_conv2d", lib=_library)
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-    size = geometry_of(*settings[:4]).output_of(x, weight)
+    size = geometry_of(*settings[:6]).output_of(x, weight)
     return empty_maps(x, weight.shape[0], size)
 
 
@@ -206,7 +210,7 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 def _fake_backward(
     grad: Tensor, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(x, weight, settings[7])
+    return fake_gradients(x, weight, settings[8])
 
 
 # 5. Backends ----------------------------------------------------------------------------------------------------------
@@ -229,8 +233,7 @@ def _reference(
     activation: Activation,
     residual: Tensor | None,
 ) -> Tensor:
-    settings = (*geometry[:4], geometry.reflect, *activation)
-    return like(reference.dilated_conv2d(x, weight, bias, *settings, residual), x)
+    return like(reference.dilated_conv2d(x, weight, bias, *geometry, *activation, residual), x)
 
 
 _FORWARD: dict[str, Callable[..., Tensor]] = {
@@ -251,13 +254,14 @@ def _dilated_conv2d(
     pad: list[int],
     dilation: list[int],
     groups: int,
+    upsample: int,
     reflect: bool,
     activation: str,
     negative_slope: float,
     residual: Tensor | None,
     backend: str,
 ) -> Tensor:
-    geometry = geometry_of(stride, pad, dilation, groups, reflect=reflect)
+    geometry = geometry_of(stride, pad, dilation, groups, upsample, reflect)
     return _FORWARD[backend](x, weight, bias, geometry, Activation(activation, negative_slope), residual)
 
 
@@ -273,16 +277,17 @@ def _dilated_conv2d_backward(
     pad: list[int],
     dilation: list[int],
     groups: int,
+    upsample: int,
     reflect: bool,
     activation: str,
     negative_slope: float,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = geometry_of(stride, pad, dilation, groups, reflect=reflect)
+    geometry = geometry_of(stride, pad, dilation, groups, upsample, reflect)
     act = Activation(activation, negative_slope)
     if backend == "reference":
-        settings = (*geometry[:4], reflect, *act, None)
+        settings = (*geometry, *act, None)
         return gradients(reference.dilated_conv2d_backward(grad, x, weight, bias, *settings), x, weight, wanted)
     grad_sums = activation_backward(grad, output, act, x_is_result=True)
     of_sums = cpu_convolution_backward if backend == "cpu" else convolution_backward

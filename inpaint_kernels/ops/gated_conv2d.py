@@ -19,6 +19,7 @@ from inpaint_kernels.ops._convolution import (
     check_activation,
     check_convolution,
     cpu_convolution_backward,
+    cpu_map,
     cpu_weight,
     dense,
     fake_gradients,
@@ -277,9 +278,9 @@ def _cpu(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     x = dense(x)
-    size = geometry.output_of(x, weight)
-    y = empty_maps(x, weight.shape[0] // 2, size)
-    gates = torch.empty_like(y) if keep else None
+    channels, size = weight.shape[0] // 2, geometry.output_of(x, weight)
+    y = cpu_map(x, channels, size)
+    gates = cpu_map(x, channels, size) if keep else None
     packed, few_outputs = cpu_weight(x, weight, geometry, gated=True, gate_first=gate_first)
     torch.ops.inpaint_native.gated_conv2d(
         x,
@@ -302,7 +303,7 @@ def _cpu(
 
 
 def _cpu_gate_backward(grad: Tensor, y: Tensor, gates: Tensor, activation: Activation, gate_first: bool) -> Tensor:
-    grad_sums = empty_maps(y, 2 * y.shape[1], (y.shape[2], y.shape[3]))
+    grad_sums = cpu_map(y, 2 * y.shape[1], (y.shape[2], y.shape[3]))
     torch.ops.inpaint_native.gated_conv2d_gate_backward(
         like(grad, y), dense(y), like(gates, y), *activation, gate_first, grad_sums
     )

@@ -18,6 +18,7 @@ from inpaint_kernels.ops._convolution import (
     autocast,
     check_convolution,
     cpu_convolution_backward,
+    cpu_map,
     cpu_weight,
     dense,
     fake_gradients,
@@ -269,8 +270,7 @@ def _cpu(
     shift: Tensor,
 ) -> Tensor:
     x = dense(x)
-    size = geometry.output_of(x, weight)
-    y = empty_maps(x, weight.shape[0], size)
+    y = cpu_map(x, weight.shape[0], geometry.output_of(x, weight))
     packed, few_outputs = cpu_weight(x, weight, geometry)
     torch.ops.inpaint_native.partial_conv2d(
         x,

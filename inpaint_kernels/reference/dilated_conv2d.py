@@ -17,6 +17,7 @@ def dilated_conv2d(
     pad: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     reflect: bool,
     activation: str,
     slope: float,
@@ -32,12 +33,13 @@ def dilated_conv2d(
         pad: (top, bottom, left, right).
         dilation: the rate.
         groups: of the convolution.
+        upsample: see :func:`inpaint_kernels.reference._convolution.convolution`.
         reflect: mirrored instead of zero border.
         activation: phi.
         slope: of phi = leaky_relu.
         residual: [B, C, Ho, Wo]; None: 0.
     """
-    y = activate(convolution(x, weight, bias, stride, pad, dilation, groups, 1, reflect), activation, slope)
+    y = activate(convolution(x, weight, bias, stride, pad, dilation, groups, upsample, reflect), activation, slope)
     return y if residual is None else y + residual
 
 
