@@ -20,13 +20,25 @@ def empty_map(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_for
 
     A large one does not come from malloc, which keeps freed blocks of up to 32 MiB in its heap. Maps of many sizes come
     and go there, packed weights settle between them, and the gaps fit no later map: at 512 x 512 they were 110 of the
-    310 MiB of DeepFill v1 under ``accelerate``, 75 of 250 of DeepFill v2, at the same speed.
+    310 MiB of DeepFill v1 under ``accelerate``, 75 of 250 of DeepFill v2, at the same speed. Its storage cannot be
+    resized.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < _SMALLEST or _ADVICE is None:
+    pages = _pages(size) if size >= _SMALLEST else None
+    if pages is None:
         return torch.empty(tuple(shape), dtype=dtype, memory_format=layout)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(_ADVICE)
     strides = torch.empty(tuple(shape), device="meta", memory_format=layout).stride()
     storage = torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), strides)  # no view, as autograd would take it for
+
+
+def _pages(size: int) -> mmap.mmap | None:
+    """So many bytes of their own; None where there are no huge pages or no memory, which is for torch to tell."""
+    if _ADVICE is None:
+        return None
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(_ADVICE)
+    except OSError:
+        return None
+    return pages

@@ -59,3 +59,8 @@ def test_a_large_map_can_be_trained_and_belongs_to_its_mode():
     assert leaf.grad.eq(2).all()
     with torch.inference_mode():
         assert empty_map(shape, torch.float32, layout).is_inference()
+
+
+def test_too_large_a_map_gets_torch_s_own_error():
+    with pytest.raises(RuntimeError, match="allocate"):
+        empty_map((1, 1, 1 << 24, 1 << 24), torch.float32, torch.contiguous_format)
