@@ -28,9 +28,9 @@ inline void stop_if_interrupted() {
 
 // A strip holds exp(logits) of some rows of queries: as many as keep the halo small (four rows more are correlated),
 // but not so many that fresh memory costs more than the halo saves (measured at 4,096 and 9,216 keys: as fast as one
-// strip of everything, at a third of its memory; three strips for 4,096 keys beside two of 38 rows: 0.43 CPU seconds for
-// either, 0.77 and 0.74 where every key has a weight, and 16 MiB less that are kept between calls), and within what one
-// call may take for strips, value cells and output.
+// strip of everything, at a third of its memory; three strips for 4,096 keys beside two of 38 rows: 0.43 CPU seconds
+// for either, 0.77 and 0.74 where every key has a weight, and 16 MiB less that are kept between calls), and within what
+// one call may take for strips, value cells and output.
 constexpr int64_t kStripRows = 16;
 constexpr int64_t kStripMinBytes = int64_t{24} << 20, kStripMaxBytes = int64_t{640} << 20;
 constexpr int64_t kWorkspaceBytes = int64_t{880} << 20, kWorkspaceMinBytes = int64_t{160} << 20;

@@ -1,8 +1,8 @@
 // hog on the CPU: one pass from pixels to the cells' histograms, one from these to normalised blocks and the picture.
 //
 // Traffic of 2000 x 2000 gray bytes with 9 bins and blocks of 3 x 3 cells: 4 MB read, 20 MB written (every cell stands
-// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel of bytes about 3 lanes of 32 bits for
-// its bin and magnitude (8 of other types) and 3 per bin for its histogram.
+// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel of bytes about 3 lanes of 32 bits
+// for its bin and magnitude (8 of other types) and 3 per bin for its histogram.
 #include <memory>
 #include <mutex>
 #include <optional>
