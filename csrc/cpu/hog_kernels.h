@@ -345,18 +345,16 @@ INPAINT_INLINE T sum_of_pack(Pack<T> v) {
 
 // to[k] = scale * the sum of the lanes of sums[k], for as many sums as a pack has lanes.
 INPAINT_INLINE void store_sums(const Pack<float>* sums, float scale, float* to) {
-  typedef PackMask<float> Order;
-  const auto halved = [](Pack<float> a, Pack<float> b, Order one, Order other) INPAINT_INLINE_LAMBDA {
-    return __builtin_shuffle(a, b, one) + __builtin_shuffle(a, b, other);
-  };
-  constexpr Order kEven = {0, 8, 2, 10, 4, 12, 6, 14}, kOdd = {1, 9, 3, 11, 5, 13, 7, 15};
-  constexpr Order kFirst = {0, 1, 8, 9, 4, 5, 12, 13}, kSecond = {2, 3, 10, 11, 6, 7, 14, 15};
-  constexpr Order kLower = {0, 1, 2, 3, 8, 9, 10, 11}, kUpper = {4, 5, 6, 7, 12, 13, 14, 15};
-  Pack<float> four[2];
+  Pack<float> pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = __builtin_shufflevector(sums[2 * i], sums[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               __builtin_shufflevector(sums[2 * i], sums[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   for (int i = 0; i < 2; ++i)
-    four[i] = halved(halved(sums[4 * i], sums[4 * i + 1], kEven, kOdd),
-                     halved(sums[4 * i + 2], sums[4 * i + 3], kEven, kOdd), kFirst, kSecond);
-  store(to, halved(four[0], four[1], kLower, kUpper) * scale);
+    fours[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  const Pack<float> all = __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                          __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  store(to, all * scale);
 }
 
 // Magnitudes and bins of the pixels of a row of cells, [rows][stride].
