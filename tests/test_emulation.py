@@ -20,7 +20,7 @@ hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILDS = ["plain", "asan"]
+BUILDS = ["plain", pytest.param("asan", marks=pytest.mark.slow)]  # whose build takes a minute
 ORDERS = ["ascending", "descending"]
 FULL = 0xFFFFFFFF
 
