@@ -187,9 +187,9 @@ INPAINT_INLINE void filter_block_body(const float* queries, int64_t stride, int6
   constexpr int64_t columns = 2 * bytes / sizeof(float);
   const KeyBlock<float>& keys = block.keys;
   const int64_t panels = ceil_div(keys.valid, columns), pairs = ceil_div(channels, 2);
-  const int64_t words = rows * filter.stride(), share = ceil_div(words, panels), line = 64 / sizeof(int32_t);
   for (int64_t i = 0; i < count; i += rows) {
     const int32_t* group = filter.row(first_row + i);
+    const int64_t next = i + rows < count ? rows * filter.stride() : 0;
     uint8_t& crowded = block.crowded[i / rows];
     const bool filtered = std::isfinite(block.error) && !crowded;
     const Best<float> own{best.score + i, best.index + i};
@@ -200,8 +200,7 @@ INPAINT_INLINE void filter_block_body(const float* queries, int64_t stride, int6
     if (filtered) update();
     int64_t candidates = 0;
     for (int64_t k = 0; k < panels; ++k) {
-      for (int64_t at = words + k * share; at < words + (k + 1) * share; at += line)  // of the next group
-        __builtin_prefetch(group + at, 0, 2);
+      prefetch_part(group + rows * filter.stride(), next, k, panels);
       if (filtered &&
           !holds_candidate<rows, bytes>(group, filter.stride(), pairs, block.panels + k * columns * pairs, thresholds))
         continue;

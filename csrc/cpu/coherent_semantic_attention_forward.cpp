@@ -163,6 +163,8 @@ class Group {
       : samples_(std::move(samples)), results_(std::move(results)), paper_(paper) {
     channels_ = samples_[0].x.channels;
     stride_ = row_stride<T>(channels_);
+    filtered_ = kHasFilter && has_filter() && channels_ <= kMostFilteredChannels &&
+                filter_pays(tile_, samples_[0].positions.known_count() / worker_count());
     for (Sample<T, Element>& sample : samples_) {
       sample.first_row = rows_;
       sample.padded = round_up(sample.positions.masked_count(), tile_.rows);
@@ -173,7 +175,7 @@ class Group {
   void run() {
     if (rows_ > 0) {
       queries_ = Buffer<T>(rows_ * stride_);
-      if (filtered()) filter_ = FilterQueries(rows_, channels_);
+      if (filtered_) filter_ = FilterQueries(rows_, channels_);
       gather_queries();
       search();
       generated_ = Buffer<T>(rows_ * stride_);
@@ -188,11 +190,6 @@ class Group {
   static constexpr bool kHasFilter = std::is_same_v<T, float>;
 
   int64_t count() const { return static_cast<int64_t>(samples_.size()); }
-
-  bool filtered() const {
-    if (!kHasFilter || !has_filter() || channels_ > kMostFilteredChannels) return false;
-    return filter_pays(tile_, samples_[0].positions.known_count() / worker_count());
-  }
 
   // Blocks of rows of all samples.
   Pieces row_blocks() const {
@@ -210,7 +207,7 @@ class Group {
       if (some > 0) gather_rows(sample.x, sample.masked_offsets.data() + first, some, rows, stride_);
       for (int64_t i = std::max(first, masked); i < last; ++i) std::fill_n(rows + (i - first) * stride_, stride_, T(0));
       if constexpr (kHasFilter)
-        for (int64_t i = first; filtered() && i < last; ++i)
+        for (int64_t i = first; filtered_ && i < last; ++i)
           filter_.set(sample.first_row + i, rows + (i - first) * stride_);
     });
   }
@@ -221,7 +218,7 @@ class Group {
     for (const Sample<T, Element>& sample : samples_)
       if (sample.padded > 0) keys += sample.positions.known_count();
     const int64_t columns = tile_.columns;
-    const int64_t element = filtered() ? sizeof(int16_t) : sizeof(T);
+    const int64_t element = filtered_ ? sizeof(int16_t) : sizeof(T);
     const int64_t fits = kPanelBytes / (channels_ * element), share = keys / (kBlocksPerWorker * worker_count());
     const int64_t block = std::max(columns, std::min(fits, share) / columns * columns);
     Pieces pieces;
@@ -235,9 +232,9 @@ class Group {
     std::fill_n(indices_.get(), workers_ * rows_, std::numeric_limits<int32_t>::max());
     const int64_t own = (channels_ + kChannelsAhead) * block + block;  // the last panels are read ahead of
     const Buffer<T> panels(workers_ * own);
-    const int64_t own_words = filtered() ? ceil_div(channels_, 2) * block : 0;
+    const int64_t own_words = filtered_ ? ceil_div(channels_, 2) * block : 0;
     const Buffer<int32_t> words(workers_ * own_words);
-    std::vector<uint8_t> crowded(filtered() ? workers_ * rows_ : 0);
+    std::vector<uint8_t> crowded(filtered_ ? workers_ * rows_ : 0);
     pieces.run(block * rows_, [&](int64_t worker, int64_t b, int64_t piece) {
       const Sample<T, Element>& sample = samples_[b];
       T* packed = panels.get() + worker * own;
@@ -249,7 +246,7 @@ class Group {
       const KeyBlock<T> keys{packed, inverse_norm, valid, first};
       const Best<T> best{scores_.get() + at, indices_.get() + at};
       if constexpr (kHasFilter) {
-        if (filtered()) {
+        if (filtered_) {
           int32_t* own_panels = words.get() + worker * own_words;
           const double error = pack_filter_panels(keys, channels_, columns, own_panels);
           return filter_block(queries, stride_, sample.padded, channels_, filter_, sample.first_row,
@@ -343,6 +340,7 @@ class Group {
   SearchTile tile_ = search_tile(T{});
   int64_t channels_ = 0, stride_ = 0, rows_ = 0, workers_ = 1;
   Buffer<T> queries_, generated_, scores_, weights_;
+  bool filtered_ = false;
   FilterQueries filter_;
   Buffer<int32_t> indices_;
 };

@@ -33,12 +33,12 @@ INPAINT_INLINE bool is_better(T score, T best) {
   return score > best || (score != score && best == best);
 }
 
-template <class V>
-INPAINT_INLINE bool any_lane(V mask) {
-  uint64_t words[sizeof(V) / 8], any = 0;
-  std::memcpy(words, &mask, sizeof words);
-  for (const uint64_t word : words) any |= word;
-  return any != 0;
+// Asks for one of `parts` equal parts of `length` elements.
+template <class T>
+INPAINT_INLINE void prefetch_part(const T* from, int64_t length, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t share = ceil_div(length, parts), end = std::min(length, (part + 1) * share);
+  for (int64_t at = part * share; at < end; at += line) __builtin_prefetch(from + at, 0, 2);
 }
 
 // Panels come from the second-level cache; so many channels ahead they are asked for.
@@ -91,13 +91,13 @@ INPAINT_INLINE void search_panel(const T* queries, int64_t stride, int64_t chann
 template <class T, int rows, int bytes>
 INPAINT_INLINE void search_block_body(const T* queries, int64_t stride, int64_t count, int64_t channels,
                                       const KeyBlock<T>& keys, const Best<T>& best) {
-  constexpr int64_t columns = 2 * bytes / sizeof(T), line = 64 / sizeof(T);
-  const int64_t panels = ceil_div(keys.valid, columns), share = ceil_div(rows * stride, panels);
+  constexpr int64_t columns = 2 * bytes / sizeof(T);
+  const int64_t panels = ceil_div(keys.valid, columns);
   for (int64_t i = 0; i < count; i += rows) {
     const T* group = queries + i * stride;
+    const int64_t next = i + rows < count ? rows * stride : 0;
     for (int64_t k = 0; k < panels; ++k) {
-      const int64_t begin = (rows * stride) + k * share, end = std::min((count - i) * stride, begin + share);
-      for (int64_t at = begin; at < end; at += line) __builtin_prefetch(group + at, 0, 2);
+      prefetch_part(group + rows * stride, next, k, panels);
       search_panel<T, rows, bytes>(group, stride, channels, keys.panels + k * columns * channels,
                                    keys.inverse_norm + k * columns, keys.first + k * columns, keys.valid - k * columns,
                                    {best.score + i, best.index + i});

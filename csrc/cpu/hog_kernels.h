@@ -143,14 +143,6 @@ INPAINT_INLINE int16_t scaled(int16_t length, uint16_t slope) {
   return static_cast<int16_t>((static_cast<uint32_t>(static_cast<uint16_t>(length)) * slope) >> 16);
 }
 
-template <class Mask>
-INPAINT_INLINE bool any(Mask mask) {
-  int64_t parts[sizeof(Mask) / sizeof(int64_t)], some = 0;
-  std::memcpy(parts, &mask, sizeof mask);
-  for (const int64_t part : parts) some |= part;
-  return some != 0;
-}
-
 // bins[i] of the gradients (down[i], right[i]) for i in [0, count); arrays are padded to whole packs.
 template <class A>
 INPAINT_INLINE void find_bins(const Borders<A>& borders, const typename A::T* down, const typename A::T* right,
@@ -188,7 +180,7 @@ INPAINT_INLINE void find_bins(const Borders<A>& borders, const typename A::T* do
     store(bins + i, unsure ? Mask{} + kAskScalar : turned ? left_bin : -passed);
     unsure_seen |= unsure;
   }
-  if (!any(unsure_seen)) return;
+  if (!any_lane(unsure_seen)) return;
   for (int64_t i = 0; i < count; ++i)
     if (bins[i] == kAskScalar) bins[i] = bin_by_angle(down[i], right[i], borders.orientations);
 }
@@ -239,10 +231,7 @@ INPAINT_INLINE void find_bins(const Borders<EightBit>& borders, const int16_t* d
 // to[i] = plus[i] - minus[i].
 template <class Difference, class Row>
 INPAINT_INLINE void subtract(Difference* __restrict to, const Row* plus, const Row* minus, int64_t count) {
-  if constexpr (std::is_same_v<Row, uint8_t>) {
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = static_cast<int16_t>(static_cast<int16_t>(plus[i]) - static_cast<int16_t>(minus[i]));
-  } else if constexpr (std::is_integral_v<Row>) {
+  if constexpr (std::is_integral_v<Row>) {
     for (int64_t i = 0; i < count; ++i)
       to[i] = static_cast<Difference>(static_cast<int32_t>(plus[i]) - static_cast<int32_t>(minus[i]));
   } else {
@@ -265,11 +254,15 @@ struct GradientRow {
   typename A::Difference *down, *right;
 };
 
-// Replaces the gradient best[i] by other[i] where that is longer as the scalar formula decides.
+// Replaces the marked gradients in `best` by those in `other` that are longer by the scalar formula.
 template <class A>
-INPAINT_INLINE void keep_longer_one(const GradientRow<A>& best, const GradientRow<A>& other, int64_t i) {
-  const typename A::Difference y = other.down[i], x = other.right[i];
-  if (A::length(y, x) > A::length(best.down[i], best.right[i])) best.down[i] = y, best.right[i] = x;
+INPAINT_INLINE void keep_longer_where(const typename A::Bin* marked, const GradientRow<A>& best,
+                                      const GradientRow<A>& other, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const typename A::Difference y = other.down[i], x = other.right[i];
+    if (!marked[i] || !(A::length(y, x) > A::length(best.down[i], best.right[i]))) continue;
+    best.down[i] = y, best.right[i] = x;
+  }
 }
 
 // Replaces the gradients in `best` by those in `other` where these are longer; arrays are padded to whole packs, and
@@ -293,9 +286,7 @@ INPAINT_INLINE void keep_longer(const GradientRow<A>& best, const GradientRow<A>
     store(best.down + i, longer ? y : down);
     store(best.right + i, longer ? x : right);
   }
-  if (!any(unsure_seen)) return;
-  for (int64_t i = 0; i < count; ++i)
-    if (unsure[i]) keep_longer_one(best, other, i);
+  if (any_lane(unsure_seen)) keep_longer_where(unsure, best, other, count);
 }
 
 // Squared lengths of differences of 8 bits have 17.
@@ -326,9 +317,7 @@ INPAINT_INLINE void keep_longer(const GradientRow<EightBit>& best, const Gradien
     store(best.down + i, longer ? y : down);
     store(best.right + i, longer ? x : right);
   }
-  if (!any(unsure_seen)) return;
-  for (int64_t i = 0; i < count; ++i)
-    if (unsure[i]) keep_longer_one(best, other, i);
+  if (any_lane(unsure_seen)) keep_longer_where(unsure, best, other, count);
 }
 
 // ---- Histograms --------------------------------------------------------------------------------------------------

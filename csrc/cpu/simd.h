@@ -64,6 +64,14 @@ INPAINT_INLINE void store_some(T* to, Vector<T> v, int count) {
   for (int i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+template <class V>
+INPAINT_INLINE bool any_lane(V mask) {
+  uint64_t words[sizeof(V) / 8], any = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+}
+
 template <class T>
 INPAINT_INLINE T sum_of_lanes(Vector<T> v) {
   T sum = 0;
