@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,3 +47,17 @@ def poisoned_memory():
     yield
     torch.set_deterministic_debug_mode(mode)
     settings.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def angles_of_the_c_library(monkeypatch):
+    """scikit-image takes angles from numpy, which rounds some otherwise than the C library where there is AVX-512."""
+    of_numpy, of_the_c_library = np.arctan2, np.frompyfunc(math.atan2, 2, 1)
+
+    def arctan2(down: Any, right: Any) -> Any:
+        down, right = np.asarray(down), np.asarray(right)
+        if np.result_type(down, right) != np.float64:
+            return of_numpy(down, right)
+        return np.asarray(of_the_c_library(down, right), np.float64)
+
+    monkeypatch.setattr(np, "arctan2", arctan2)

@@ -19,6 +19,7 @@ EXAMPLE = torch.zeros(1, 1, 24, 24, dtype=torch.uint8)
 BACKENDS = explain("hog", EXAMPLE).usable
 with_all_backends = pytest.mark.parametrize("backend", BACKENDS)
 EXACT = [name for name in BACKENDS if name == "cpu"]  # where the last bit of an arc tangent or a hypotenuse decides
+pytestmark = pytest.mark.usefixtures("angles_of_the_c_library")
 needs_kernel = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library has no CPU kernel")
 NORMS = ("L1", "L1-sqrt", "L2", "L2-Hys")
 TOLERANCE = 1e-6

@@ -35,6 +35,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALLEST = 1e-6
 """What float32 sums may differ by; a gradient in another bin differs by more than 1e-4 in images of these sizes."""
 
+pytestmark = pytest.mark.usefixtures("angles_of_the_c_library")
 needs_compiler = pytest.mark.skipif(not COMPILER.is_file(), reason=f"this triton has no compiler for CUDA, {COMPILER}")
 
 
@@ -383,7 +384,9 @@ def usages(which: str, cache: Path) -> list[dict[str, Any]]:
 def violations(usage: dict[str, Any]) -> list[str]:
     name = f"{usage['case']} on {usage['architecture']}"
     found = [f"{name} spills"] if usage["spills"] > 0 else []
-    found += [f"{name} takes {usage['shared']} bytes of shared memory"] if usage["shared"] > 1024 else []
+    # Triton 3.6 lets the values of blocks in float64 change their threads.
+    most = 4096 if usage["precision"] == "float64" else 1024
+    found += [f"{name} takes {usage['shared']} bytes of shared memory"] if usage["shared"] > most else []
     found += [f"{name} multiplies matrices"] if usage["products"] else []
     return found
 

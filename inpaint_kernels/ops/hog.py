@@ -120,7 +120,7 @@ def hog(
     * Where a cell holds a NaN all of its bins are NaN there, here one is. Its blocks are NaN in both.
     * The last bit of an arc tangent or a hypotenuse decides some bins of float64 images and of integers with
       ``transform_sqrt``, and the channel of two integer gradients of equal length. The ``cpu`` kernel takes it from the
-      same C library as numpy does; other backends may decide otherwise.
+      C library, as numpy does unless the processor has AVX-512; other backends may decide otherwise.
 
     Raises:
         ValueError, TypeError: an argument has the wrong rank, size, dtype or value; the message names it.
