@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALLEST_CELL = 16
+_CELL = 16
+_Cell = tuple[int, int]  # its row and column
 
 
 class Box(NamedTuple):
@@ -80,34 +81,49 @@ def connected_boxes(hole: Tensor, most: int = 12) -> list[Box]:
     Holes are apart where a whole cell of a coarse grid lies between them, along rows, columns and diagonals. The cells
     have 16 pixels along each axis, and twice as many as long as there are more than ``most`` holes.
     """
-    cell, groups = _SMALLEST_CELL, _connected_cells(hole, _SMALLEST_CELL)
+    extents = _extents(hole)
+    groups = _connected(extents)
     while len(groups) > most:
-        cell *= 2
-        groups = _connected_cells(hole, cell)
-    boxes = []
-    for group in groups:
-        pixels = torch.zeros_like(hole)
-        for row, column in group:
-            pixels[cell * row : cell * (row + 1), cell * column : cell * (column + 1)] = True
-        box = bounding_box(hole & pixels)
-        assert box is not None
-        boxes.append(box)
-    return boxes
+        extents = _on_a_coarser_grid(extents)
+        groups = _connected(extents)
+    return sorted(functools.reduce(Box.joined, (extents[cell] for cell in group)) for group in groups)
 
 
-def _connected_cells(hole: Tensor, cell: int) -> list[list[tuple[int, int]]]:
-    """Groups of cells, (row, column), that hold a hole and touch along an edge or at a corner."""
-    occupied = F.max_pool2d(hole[None].float(), cell, ceil_mode=True)[0].nonzero().tolist()
-    left, groups = {(row, column) for row, column in occupied}, []
-    for row, column in occupied:
-        if (row, column) not in left:
-            continue
-        left.remove((row, column))
-        group = [(row, column)]
-        for y, x in group:  # grows while it is walked along
-            beside = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= beside
-            group += sorted(beside)
+def _extents(hole: Tensor) -> dict[_Cell, Box]:
+    """The box of the hole's pixels in every cell that holds some; the mask is looked at on its own device, once."""
+    height, width = hole.shape
+    padded = F.pad(hole, (0, -width % _CELL, 0, -height % _CELL))
+    cells = padded.view(torch.uint8).unflatten(1, (-1, _CELL)).unflatten(0, (-1, _CELL))  # of which amax is the faster
+    in_columns, in_rows = cells.amax(1), cells.amax(3).transpose(1, 2)  # [rows, columns, cell]
+    occupied = in_columns.amax(2).nonzero()
+    at = torch.arange(_CELL, device=hole.device)
+    lines = torch.stack([in_rows[tuple(occupied.T)], in_columns[tuple(occupied.T)]], 1) > 0  # [occupied, 2, cell]
+    first, end = torch.where(lines, at, _CELL).amin(2), torch.where(lines, at + 1, 0).amax(2)
+    boxes = torch.cat([first, end], 1) + _CELL * occupied.repeat(1, 2)
+    return {(row, column): Box(*box) for row, column, *box in torch.cat([occupied, boxes], 1).tolist()}
+
+
+def _on_a_coarser_grid(extents: Mapping[_Cell, Box]) -> dict[_Cell, Box]:
+    """Those of cells that are twice as high and wide."""
+    coarser: dict[_Cell, Box] = {}
+    for (row, column), box in extents.items():
+        cell = row // 2, column // 2
+        coarser[cell] = box.joined(coarser.get(cell, box))
+    return coarser
+
+
+def _connected(cells: Iterable[_Cell]) -> list[list[_Cell]]:
+    """Groups of cells that touch along an edge or at a corner."""
+    left, groups = dict.fromkeys(cells), []
+    while left:
+        group = [next(iter(left))]
+        del left[group[0]]
+        for row, column in group:  # grows while it is walked along
+            around = ((row + dy, column + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+            beside = [cell for cell in around if cell in left]
+            for cell in beside:
+                del left[cell]
+            group += beside
         groups.append(group)
     return groups
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import inpaint_kernels
 from inpaint_kernels import images, inpaint
+from tests.gpu_launches import TorchLaunches
 from tests.model_cases import holes, narrow, narrow_glcic, narrow_unet, photo, seeded
 
 MODELS: dict[str, Callable[[], InpaintingModel]] = {
@@ -300,6 +301,17 @@ def test_connected_holes_share_a_box():
             holding = [b for b in boxes if b.top <= rows.min() and rows.max() < b.bottom]
             assert any(b.left <= columns.min() and columns.max() < b.right for b in holding)
         assert len(connected_boxes(hole, most=2)) <= 2
+
+
+def test_a_hole_is_looked_at_as_a_whole():
+    """Not cell after cell: every operation would be a launch of its own on a GPU."""
+    launches = []
+    for side in (16, 320):
+        hole = holes(320, 320, (0, 0, side, side))[0, 0]
+        with TorchLaunches() as counted:
+            connected_boxes(hole)
+        launches.append(len(counted.names))
+    assert launches[0] == launches[1] < 40
 
 
 def test_boxes_are_joined_until_none_meet():
