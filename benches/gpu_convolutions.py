@@ -158,6 +158,7 @@ def planned_work(case: GpuConvolutionCase) -> tuple[int, int]:
         columns=layer.outputs,
         precision=_product_precision(case.precision),
         masked=layer.op == "partial_conv2d",
+        dilation=layer.dilation,
     )
     if not launch.in_gemm(product, CAPABILITY)[0]:
         again = layer.outputs * product.outputs + (layer.inputs * case.input_side**2 if product.masked else 0)

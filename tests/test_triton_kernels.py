@@ -464,17 +464,18 @@ def test_pixels_are_padded_to_whole_vectors(channels, precision, padded):
     assert Layer(100, channels, 9, 48, precision).padded.channels_in == padded
 
 
-def test_in_gemm_where_memory_decides():
-    cases: list[tuple[int, Precision, bool]] = [
-        (48, "bfloat16", True),
-        (96, "tf32", True),
-        (192, "float16", True),
-        (192, "tf32", False),
-        (256, "bfloat16", False),
-        (48, "float32", False),
+def test_in_gemm_where_memory_decides_or_cudnn_is_slow():
+    cases: list[tuple[int, Precision, int, bool]] = [
+        (48, "bfloat16", 1, True),
+        (96, "tf32", 1, True),
+        (192, "float16", 1, True),
+        (192, "tf32", 8, False),
+        (256, "bfloat16", 8, False),
+        (256, "bfloat16", 16, True),
+        (48, "float32", 16, False),
     ]
-    for columns, precision, expected in cases:
-        inside, reason = in_gemm(Layer(4_000_000, 48, 9, columns, precision), (9, 0))
+    for columns, precision, dilation, expected in cases:
+        inside, reason = in_gemm(Layer(4_000_000, 48, 9, columns, precision, dilation=dilation), (9, 0))
         assert inside is expected
         assert "decide" in reason
 

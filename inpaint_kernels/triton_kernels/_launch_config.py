@@ -34,6 +34,11 @@ READ_COST = 64
 MOST_COLUMNS_IN_GEMM = {2: 192, 4: 96}
 """By the bytes of an operand."""
 
+MOST_DILATION_OF_CUDNN = 8
+"""With 16 its fast kernels do not run (cuDNN 9, H200): 256 channels at 500 x 500 take 1.53 ms in tf32, with 8 they take
+0.83, in the implicit GEMM 0.92; in bfloat16 0.68, 0.44 and 0.47. At 140 x 140 in bfloat16 cuDNN chose a kernel that
+took 29 ms."""
+
 
 class Layer(NamedTuple):
     """A convolution as a product: [outputs, taps * channels_in] times [taps * channels_in, columns].
@@ -45,6 +50,7 @@ class Layer(NamedTuple):
         columns: output channels of the convolution, features and gates together.
         precision: what is multiplied; sums are float32.
         masked: a mask multiplies the input, and takes as much memory on its way.
+        dilation: from tap to tap, along the axis where it is the larger.
     """
 
     outputs: int
@@ -53,6 +59,7 @@ class Layer(NamedTuple):
     columns: int
     precision: Precision
     masked: bool = False
+    dilation: int = 1
 
     @property
     def element_size(self) -> int:
@@ -113,7 +120,8 @@ def layer_of(x: Tensor, weight: Tensor, geometry: Geometry, *, masked: bool = Fa
     columns, channels_in, *kernel = weight.shape
     height, width = geometry.output_size((x.shape[2], x.shape[3]), (kernel[0], kernel[1]))
     outputs = x.shape[0] * height * width
-    return Layer(outputs, channels_in, kernel[0] * kernel[1], columns, precision_of(x.dtype), masked)
+    taps, dilation = kernel[0] * kernel[1], max(geometry.dilation)
+    return Layer(outputs, channels_in, taps, columns, precision_of(x.dtype), masked, dilation)
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
@@ -168,14 +176,19 @@ def in_gemm(layer: Layer, capability: Capability) -> tuple[bool, str]:
     The epilogue inside the product saves one write and one read of its output. Where that memory traffic decides, it
     wins even with a product that is much slower than cuDNN's; where the product decides it must reach 76 to 84 % of
     cuDNN's rate. On an H200 it is the faster one on every layer of DeepFill v2 in bfloat16 that was measured, from
-    3 to 96 channels and 3 to 192 columns: 0.18 instead of 0.20 ms, up to 0.75 instead of 2.1. With 256 columns in tf32
-    cuDNN is, by a quarter.
+    3 to 96 channels and 3 to 192 columns: 0.18 instead of 0.20 ms, up to 0.75 instead of 2.1. With 256 columns cuDNN
+    is, by a tenth, unless the layer is dilated by more than it is fast at.
     """
     if layer.precision == "float32":
         return False, "float32 without tf32: the product decides, and cuDNN's is the faster (predicted, not measured)"
     most = MOST_COLUMNS_IN_GEMM[layer.element_size]
     if layer.columns <= most:
         return True, f"{layer.columns} <= {most} output channels of the convolution: memory traffic decides"
+    if layer.dilation > MOST_DILATION_OF_CUDNN:
+        return (
+            True,
+            f"dilated by {layer.dilation} > {MOST_DILATION_OF_CUDNN}: the product decides, cuDNN's is the slower",
+        )
     return False, f"{layer.columns} > {most} output channels of the convolution: the product decides"
 
 
