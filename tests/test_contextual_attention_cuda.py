@@ -135,6 +135,17 @@ def test_sizes_and_tiles(f_size, b_size, side):
 
 
 @needs_emulation
+@pytest.mark.parametrize("side", [64, 21, 6], indirect=True)
+@pytest.mark.parametrize("f_size", [(40, 44), (38, 80)])
+@pytest.mark.parametrize("overrides", [{}, {"fuse": 0}, {"patch": 1, "fuse": 0}], ids=str)
+def test_maps_that_are_walked_several_lines_at_once(overrides, f_size, side):
+    """Large enough that most scores are far from the borders; tiles end after any number of lines."""
+    f, b, mask = make_maps(f_size, (42, 40), channels=2)
+    check_forward(f, b, mask, **overrides)
+    check_forward(f.float(), b.float(), mask, tolerance=2e-5, **overrides)
+
+
+@needs_emulation
 @pytest.mark.parametrize("side", [64, 4], indirect=True)
 @pytest.mark.parametrize("overrides", OVERRIDES, ids=str)
 def test_general_parameters(overrides, side):
@@ -218,8 +229,9 @@ def test_order_of_threads_does_not_matter():
 @pytest.mark.parametrize(
     "options", [{}, {"fuse": 0, "patch": 1}, {"patch": 5, "fuse": 5, "floor": 1e-3}, {"paste_size": 3, "divisor": 0.0}]
 )
-def test_no_access_out_of_bounds(options):
-    f, b, mask = make_maps((6, 10), (8, 6), batch=1, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", [((6, 10), (8, 6)), ((40, 44), (42, 40))], ids=str)
+def test_no_access_out_of_bounds(options, sizes):
+    f, b, mask = make_maps(*sizes, batch=1, dtype=torch.float32)
     kernels = EmulatedKernels(build="asan")
     output, *_ = emulated(f, b, mask, kernels=kernels, **options)
     torch.testing.assert_close(output, emulated(f, b, mask, **options)[0], rtol=0, atol=0)

@@ -9,18 +9,13 @@
 // Every result has one writer and a fixed order of additions, so runs are bit-equal.
 #include <cstring>
 
-#include "contextual_attention_tiles.cuh"
+#include "contextual_attention_scores.cuh"
 
 namespace inpaint {
 namespace {
 
-constexpr int kScoreWalk = 32;  // queries of a thread that computes scores; the first costs as much as ten others
 constexpr int kPasteThreads = 256;
 constexpr int kPasteCells = 16;  // neighbours, over which a thread walks
-
-// Blocks of scores that shall share a multiprocessor: as many as registers for the borders of maps allow.
-template <class T>
-constexpr int kScoreBlocks = sizeof(T) == 4 ? 5 : 4;
 
 // ---- Rows of the correlations ------------------------------------------------------------------------------------
 
@@ -50,302 +45,7 @@ __global__ void contextual_attention_rows_kernel(PixelRuns pixels, int32_t* __re
   }
 }
 
-// ---- Scores ------------------------------------------------------------------------------------------------------
-
-// Steps of the fuse that stay in the query map and, downwards, in the key map.
-struct PlainSteps {
-  int first_e = 1, last_e = 0, first_d = 1, last_d = 0;
-
-  PlainSteps() = default;  // none
-  __device__ PlainSteps(const AttentionTile& tile, const GridPosition& p, const GridPosition& q, int half) {
-    first_e = max(-half, -min(p.y, q.y));
-    last_e = min(half, static_cast<int>(min(tile.query_height - p.y, tile.key_height - q.y)) - 1);
-    first_d = max(-half, -p.x);
-    last_d = min(half, static_cast<int>(tile.query_width) - 1 - p.x);
-  }
-  __device__ bool has_down(int e) const { return e >= first_e && e <= last_e; }
-  __device__ bool has_right(int d) const { return d >= first_d && d <= last_d; }
-};
-
-// patch_score of patches whose size is known: all rows are looked up, then all terms are asked for. One after the other
-// they would be 2 kPatch^2 waits for memory, for which a whole launch waits where a few warps are at the borders.
-template <class T, int kPatch>
-__device__ T whole_patch_score(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
-                               const Pairs<T>& correlations) {
-  constexpr int kBefore = (kPatch - 1) / 2;
-  int rows[kPatch][kPatch];
-#pragma unroll
-  for (int a = 0; a < kPatch; ++a) {
-    const int p_y = p.y + a - kBefore, q_y = q.y + a - kBefore;
-    const bool has_line = p_y >= 0 && p_y < tile.query_height && q_y >= 0 && q_y < tile.key_height;
-#pragma unroll
-    for (int b = 0; b < kPatch; ++b) {
-      const int p_x = p.x + b - kBefore, q_x = q.x + b - kBefore;
-      const bool exists = has_line && p_x >= 0 && p_x < tile.query_width && q_x >= 0 && q_x < tile.key_width;
-      rows[a][b] = exists ? correlations.row_of[p_y * tile.query_width + p_x] : -1;
-    }
-  }
-  T sum = 0;
-#pragma unroll
-  for (int a = 0; a < kPatch; ++a) {
-#pragma unroll
-    for (int b = 0; b < kPatch; ++b) {
-      const int64_t at = rows[a][b] * correlations.columns + (q.y + a - kBefore) * tile.key_width + q.x + b - kBefore;
-      sum += rows[a][b] >= 0 ? correlations.values[at] : T(0);
-    }
-  }
-  return sum;
-}
-
-// What S(p, q) sums beyond the plain steps, term by term: everything for a general patch and fuse, a third or less at
-// the borders, where steps wrap around.
-template <class T, int kPatch>
-__device__ T wrapping_score(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
-                            const GridPosition& p, const GridPosition& q, const PlainSteps& plain) {
-  T sum = 0;
-  for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term, int e, int d) {
-    if (plain.has_down(e) && plain.has_right(d)) return;
-    const T norm = inverse_norm[q_term.y * tile.key_width + q_term.x];
-    if constexpr (kPatch > 0)
-      sum += norm * whole_patch_score<T, kPatch>(tile, p_term, q_term, correlations);
-    else
-      sum += norm * patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
-  });
-  return sum;
-}
-
-// The scores of a walk along a diagonal, whose queries and keys go one to the right with every step. Of the sums that S
-// consists of, only one column of each is new in a step; what stays is kept in registers:
-//
-//   columns  G summed down a column of a patch, for every step of the fuse along columns and every column of the patch
-//   fused    patch scores over their norm, for every plain step of the fuse
-//
-// A term's address grows by a constant, and whether it exists is one comparison: integer instructions, not memory,
-// bounded the kernel that asked for each term where it lies (930 instructions per score, now 200).
-template <class T, int kPatch, int kHalf>
-class DiagonalScores {
- public:
-  static constexpr int kBefore = (kPatch - 1) / 2, kSteps = 2 * kHalf + 1;
-  static constexpr int kLow = kBefore + kHalf, kRows = kPatch + 2 * kHalf, kHigh = kRows - 1 - kLow;
-
-  // A walk from query (y, x_begin), in a tile, and key `key` on, up to x_end.
-  __device__ DiagonalScores(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm, int y,
-                            int x_begin, int x_end, int key)
-      : correlations_(correlations.values),
-        inverse_norm_(inverse_norm),
-        stride_(static_cast<unsigned>(correlations.columns) + 1),
-        keys_(static_cast<unsigned>(tile.keys())),
-        key_width_(static_cast<int>(tile.key_width)),
-        columns_end_(static_cast<unsigned>(min(static_cast<int>(tile.query_width), x_end + kHigh))),
-        column_(x_begin - kLow) {
-    const int height = static_cast<int>(tile.query_height), width = static_cast<int>(tile.query_width);
-    const int first_column = max(column_, 0);
-#pragma unroll
-    for (int a = 0; a < kRows; ++a) {
-      const int row_y = y + a - kLow;
-      const bool has_row = row_y >= 0 && row_y < height;
-      key_[a] = has_row ? key - kLow + (a - kLow) * key_width_ : kNoKey;
-      // Neighbours in a line of the map are neighbours in the matrix.
-      const int row = has_row ? correlations.row_of[row_y * width + first_column] : 0;
-      at_[a] = static_cast<unsigned>(row + column_ - first_column) * (stride_ - 1) + static_cast<unsigned>(key_[a]);
-    }
-    load_terms();
-#pragma unroll 1
-    for (int lead = 0; lead < kPatch - 1; ++lead) enter();
-    KeyCursor before(tile, key - 2 * kHalf);
-    load_norms(before.f);
-#pragma unroll 1
-    for (int lead = 0; lead < 2 * kHalf; ++lead, before.advance(tile)) step(before);
-  }
-
-  // The next query, and its key.
-  __device__ __forceinline__ void step(const KeyCursor& key) {
-    T norm[kSteps];
-#pragma unroll
-    for (int e = 0; e < kSteps; ++e) norm[e] = norms_[e];
-    load_norms(key.f + 1);
-    enter();
-    int column = key.u + kHalf;  // of the fused neighbour that enters, which may lie in the next line
-    if (column >= key_width_) column -= key_width_;
-#pragma unroll
-    for (int e = 0; e < kSteps; ++e) {
-      T patch = columns_[e][kBefore];
-#pragma unroll
-      for (int dx = 0; dx < kPatch; ++dx) {
-        if (dx == kBefore) continue;
-        const bool inside = static_cast<unsigned>(column + dx - kBefore) < static_cast<unsigned>(key_width_);
-        patch += inside ? columns_[e][dx] : T(0);
-      }
-#pragma unroll
-      for (int d = 0; d + 1 < kSteps; ++d) fused_[e][d] = fused_[e][d + 1];
-      fused_[e][kSteps - 1] = patch * norm[e];
-    }
-  }
-
-  // S, where all steps of the fuse are plain.
-  __device__ __forceinline__ T score() const {
-    T sum = 0;
-#pragma unroll
-    for (int d = 0; d < kSteps; ++d) {
-#pragma unroll
-      for (int e = 0; e < kSteps; ++e) sum = d + e == 0 ? fused_[e][d] : sum + fused_[e][d];
-    }
-    return sum;
-  }
-
-  // The part of S that plain steps contribute.
-  __device__ T score(const PlainSteps& plain) const {
-    T sum = 0;
-#pragma unroll
-    for (int d = 0; d < kSteps; ++d) {
-#pragma unroll
-      for (int e = 0; e < kSteps; ++e)
-        if (plain.has_right(d - kHalf) && plain.has_down(e - kHalf)) sum += fused_[e][d];
-    }
-    return sum;
-  }
-
- private:
-  static constexpr int kNoKey = -(1 << 30);  // stays negative
-
-  // What the next step needs is asked for one step ahead: a walk would else wait for memory in each of its steps.
-  __device__ __forceinline__ void load_terms() {
-    const bool has_column = static_cast<unsigned>(column_) < columns_end_;
-#pragma unroll
-    for (int a = 0; a < kRows; ++a) {
-      terms_[a] = has_column && static_cast<unsigned>(key_[a]) < keys_ ? correlations_[at_[a]] : T(0);
-      at_[a] += stride_;
-      ++key_[a];
-    }
-    ++column_;
-  }
-  __device__ __forceinline__ void load_norms(int key) {
-#pragma unroll
-    for (int e = 0; e < kSteps; ++e) {
-      const int q = key + kHalf + (e - kHalf) * key_width_;
-      norms_[e] = static_cast<unsigned>(q) < keys_ ? inverse_norm_[q] : T(0);
-    }
-  }
-
-  // The next column of terms.
-  __device__ __forceinline__ void enter() {
-    T terms[kRows];
-#pragma unroll
-    for (int a = 0; a < kRows; ++a) terms[a] = terms_[a];
-    load_terms();
-#pragma unroll
-    for (int e = 0; e < kSteps; ++e) {
-#pragma unroll
-      for (int dx = 0; dx + 1 < kPatch; ++dx) columns_[e][dx] = columns_[e][dx + 1];
-      T sum = terms[e];
-#pragma unroll
-      for (int dy = 1; dy < kPatch; ++dy) sum += terms[e + dy];
-      columns_[e][kPatch - 1] = sum;
-    }
-  }
-
-  const T* __restrict__ correlations_;
-  const T* __restrict__ inverse_norm_;
-  unsigned stride_;
-  unsigned at_[kRows];  // of the next term of each row; the host has made sure that a matrix has less than 2^32
-  int key_[kRows];      // and its key
-  unsigned keys_;
-  int key_width_;
-  unsigned columns_end_;  // the tile has rows for the columns before it
-  int column_;            // of the terms that are asked for next
-  T terms_[kRows], norms_[kSteps];
-  T columns_[kSteps][kPatch] = {};
-  T fused_[kSteps][kSteps] = {};
-};
-
-// In place of it for a general patch and fuse: no step is plain.
-template <class T, int kHalf>
-class DiagonalScores<T, 0, kHalf> {
- public:
-  __device__ DiagonalScores(const AttentionTile&, const Pairs<T>&, const T*, int, int, int, int) {}
-  __device__ void step(const KeyCursor&) {}
-  __device__ T score() const { return 0; }
-  __device__ T score(const PlainSteps&) const { return 0; }
-};
-
-// Maximum and sum of exponentials of a warp's logits of one query, in every lane; a lane without one passes -inf.
-template <class T>
-__device__ void warp_statistics(T logit, T* maximum, T* sum) {
-  const T most = warp_maximum(logit);
-  T total = most == -INFINITY ? T(0) : exp_of_difference(logit, most);
-  if (logit != logit) total = logit;  // a NaN shall reach every probability of its query
-  *maximum = most;
-  *sum = warp_sum(total);
-}
-
-// logits [samples, queries, logit columns]; partial [samples][2][queries][partials]: one maximum and one sum of
-// exponentials per query and warp. Block (i, j): keys from i * kWalkThreads - (kScoreWalk - 1) on, walk j. kPatch 0:
-// any patch and fuse.
-template <class T, int kPatch, int kHalf>
-__global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
-    contextual_attention_scores_kernel(AttentionTile tile, Pairs<T> correlations, const T* __restrict__ inverse_norm,
-                                       const T* __restrict__ factor, const T* __restrict__ offset,
-                                       T* __restrict__ logits, T* __restrict__ partial, int partials) {
-  const int64_t sample = blockIdx.z;
-  correlations.values = kept(correlations.values + sample * tile.pixels * tile.key_columns);
-  inverse_norm = kept(inverse_norm + sample * tile.keys());
-  factor = kept(factor + sample * tile.logit_columns());
-  offset = kept(offset + sample * tile.logit_columns());
-  logits += sample * tile.queries() * tile.logit_columns();
-  partial += sample * 2 * tile.queries() * partials;
-  const int keys = static_cast<int>(tile.keys()), key_cell_width = static_cast<int>(tile.key_cell_width);
-  const int top = static_cast<int>(tile.top), left = static_cast<int>(tile.left);
-  const int height = static_cast<int>(tile.height), width = static_cast<int>(tile.width);
-  const int walks = (width + kScoreWalk - 1) / kScoreWalk, length = (width + walks - 1) / walks;
-  const int line = static_cast<int>(tile.logit_columns());
-  // Where no step of the fuse wraps around.
-  const unsigned inner_rows = max(static_cast<int>(tile.query_height) - 2 * kHalf, 0);
-  const unsigned inner_columns = max(static_cast<int>(tile.query_width) - 2 * kHalf, 0);
-  const unsigned inner_key_rows = max(static_cast<int>(tile.key_height) - 2 * kHalf, 0);
-  const int key_block = static_cast<int>(blockIdx.x) / (height * walks);
-  const int thread = key_block * kWalkThreads + static_cast<int>(threadIdx.x), lane_key = thread - (kScoreWalk - 1);
-  const bool is_first_lane = threadIdx.x % kWarp == 0;
-  const int walk = static_cast<int>(blockIdx.x) - key_block * height * walks;
-  const int row = walk / walks, column = (walk - row * walks) * length;
-  const int y = top + row, x_begin = left + column, x_end = min(x_begin + length, left + width);
-  DiagonalScores<T, kPatch, kHalf> scores(tile, correlations, inverse_norm, y, x_begin, x_end, lane_key);
-  KeyCursor key(tile, lane_key);
-  T* own_logits = kept(logits + int64_t{row * width + column} * tile.logit_columns());
-  T* own_partial = kept(partial + int64_t{row * width + column} * partials + thread / kWarp);
-  T* own_sums = kept(own_partial + tile.queries() * partials);
-  const bool y_is_inner = kPatch > 0 && static_cast<unsigned>(y - kHalf) < inner_rows;
-#pragma unroll 1
-  for (int x = x_begin; x < x_end; ++x) {
-    const bool has_key = static_cast<unsigned>(key.f) < static_cast<unsigned>(keys);
-    const int at = key.v * key_cell_width + key.u;
-    const T scale = has_key ? factor[at] : T(0), bias = has_key ? offset[at] : T(0);
-    scores.step(key);
-    T logit = -INFINITY;
-    if (has_key) {
-      T score;
-      if (y_is_inner && static_cast<unsigned>(x - kHalf) < inner_columns &&
-          static_cast<unsigned>(key.v - kHalf) < inner_key_rows) {
-        score = scores.score();
-      } else {
-        const GridPosition p{y, x}, q{key.v, key.u};
-        const PlainSteps plain = kPatch > 0 ? PlainSteps(tile, p, q, kHalf) : PlainSteps();
-        score = scores.score(plain) + wrapping_score<T, kPatch>(tile, correlations, inverse_norm, p, q, plain);
-      }
-      logit = score * scale + bias;
-      own_logits[at] = logit;
-    }
-    T maximum, sum;
-    warp_statistics(logit, &maximum, &sum);
-    if (is_first_lane) {
-      *own_partial = maximum;
-      *own_sums = sum;
-    }
-    own_logits += line;
-    own_partial += partials;
-    own_sums += partials;
-    key.advance(tile);
-  }
-}
+// ---- Statistics --------------------------------------------------------------------------------------------------
 
 // partial [samples, 2, queries, partials], a multiple of four of them -> statistics [samples, 2, queries]: maximum, and
 // 1 / sum of exponentials or 0. One warp per query.
@@ -662,7 +362,7 @@ __global__ void contextual_attention_matches_kernel(AttentionTile tile, Masking<
 // ---- Launchers ---------------------------------------------------------------------------------------------------
 
 inline int64_t score_partials(const AttentionTile& tile) {
-  return ceil_div(tile.keys() + kScoreWalk - 1, kWalkThreads) * (kWalkThreads / kWarp);
+  return ceil_div(score_threads(tile), kWalkThreads) * (kWalkThreads / kWarp);
 }
 
 inline int64_t paste_blocks(const AttentionTile& tile) { return ceil_div(tile.key_cells(), kQuad * kPasteThreads); }
@@ -685,7 +385,7 @@ void launch_scores(const AttentionTile& tile, const T* correlations, const int32
   STD_TORCH_CHECK(tile.pixels * tile.key_columns < int64_t{1} << 32, "a tile has less than 2^32 correlations, got ",
                   tile.pixels, " x ", tile.key_columns);
   const int64_t partials = score_partials(tile);
-  const int64_t walks = tile.height * ceil_div(tile.width, kScoreWalk);
+  const int64_t walks = ceil_div(tile.height, kScoreLines) * ceil_div(tile.width, kScoreWalk);
   const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp) * walks), 1, grid_z(tile));
   const auto launch = [&](auto kernel) {
     launch_kernel(kernel, blocks, dim3(kWalkThreads), 0, stream, tile, Pairs<T>{correlations, row_of, tile.key_columns},

@@ -140,7 +140,7 @@ struct KeyCursor {
   }
   __device__ void advance(const AttentionTile& tile) {
     ++f;
-    if (++u == tile.key_width) u = 0, ++v;
+    if (++u == static_cast<int>(tile.key_width)) u = 0, ++v;
   }
 };
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from inpaint_kernels.cuda_kernels._contextual_attention_plan import Grid, Phases, Tile, make_plan, matrix_bytes
 from inpaint_kernels.portable._contextual_attention_tiles import Semantics
 
-WALK, WALK_THREADS, WARP = 32, 128, 32
+WALK, LINES, WALK_THREADS, WARP = 36, 4, 128, 32
 """Geometry of the kernel that computes scores, which decides how many partial statistics a query has."""
 
 PASTE_THREADS, QUAD = 256, 4
@@ -392,7 +392,8 @@ class _Workspace:
     def __init__(self, call: _Call, samples: int) -> None:
         plan, self.samples = call.plan, samples
         self._keys, self._phases, self._dtype, self._map_dtype = plan.keys, plan.phases, call.dtype, call.map_dtype
-        self._partials = -(-(math.prod(call.keys) + WALK - 1) // WALK_THREADS) * (WALK_THREADS // WARP)
+        score_threads = math.prod(call.keys) + WALK - 1 + (LINES - 1) * call.keys[1]
+        self._partials = -(-score_threads // WALK_THREADS) * (WALK_THREADS // WARP)
         self._dot_warps = -(-plan.keys.cell_count // (QUAD * PASTE_THREADS)) * (PASTE_THREADS // WARP)
         score_size, map_size = call.dtype.itemsize, call.map_dtype.itemsize
         most = (plan.most_pixels, plan.most_scores, plan.most_cells, plan.most_queries)
