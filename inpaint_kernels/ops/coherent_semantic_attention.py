@@ -14,6 +14,7 @@ from torch import Tensor
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_choice, check_floating, check_range, check_shape, check_tensor
 from inpaint_kernels.cuda_kernels import coherent_semantic_attention as cuda_kernels
+from inpaint_kernels.ops._autograd import register_autograd
 from inpaint_kernels.ops._common import (
     accumulation_dtype,
     always,
@@ -409,12 +410,8 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("coherent_semantic_attention: double backward is not implemented (the gradient has no gradient)")
 
 
-torch.library.register_autograd(
-    "inpaint_kernels::coherent_semantic_attention", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "inpaint_kernels::coherent_semantic_attention_backward", _no_second_backward, lib=_library
-)
+register_autograd(_library, "coherent_semantic_attention", _autograd_backward, _setup_context)
+register_autograd(_library, "coherent_semantic_attention_backward", _no_second_backward)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast(
         "inpaint_kernels::coherent_semantic_attention", _device, torch.float32, lib=_library

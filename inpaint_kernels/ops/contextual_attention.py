@@ -20,6 +20,7 @@ from inpaint_kernels._checks import (
 )
 from inpaint_kernels.cuda_kernels import _contextual_attention_plan as cuda_plan
 from inpaint_kernels.cuda_kernels import contextual_attention as cuda_kernels
+from inpaint_kernels.ops._autograd import register_autograd
 from inpaint_kernels.ops._common import accumulation_dtype, always, cpu_reasons, cuda_reasons
 from inpaint_kernels.ops._contextual_attention_presets import (
     PRESETS,
@@ -538,9 +539,7 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("contextual_attention: double backward is not implemented (the gradient has no gradient)")
 
 
-torch.library.register_autograd(
-    "inpaint_kernels::contextual_attention", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("inpaint_kernels::contextual_attention_backward", _no_second_backward, lib=_library)
+register_autograd(_library, "contextual_attention", _autograd_backward, _setup_context)
+register_autograd(_library, "contextual_attention_backward", _no_second_backward)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("inpaint_kernels::contextual_attention", _device, torch.float32, lib=_library)

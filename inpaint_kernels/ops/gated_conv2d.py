@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inpaint_kernels._checks import check_choice, check_same_device, check_same_dtype, check_shape
+from inpaint_kernels.ops._autograd import register_autograd
 from inpaint_kernels.ops._common import only_computes, wants_gradient
 from inpaint_kernels.ops._convolution import (
     GEOMETRY_SCHEMA,
@@ -442,9 +443,5 @@ def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return (of_grad, None, None, *others, *(None,) * (len(ctx.settings) + 2))
 
 
-torch.library.register_autograd(
-    "inpaint_kernels::gated_conv2d", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "inpaint_kernels::gated_conv2d_backward", _second_backward, setup_context=_setup_second, lib=_library
-)
+register_autograd(_library, "gated_conv2d", _autograd_backward, _setup_context)
+register_autograd(_library, "gated_conv2d_backward", _second_backward, _setup_second)

@@ -12,6 +12,7 @@ from torch import Tensor
 from inpaint_kernels._backends import OpBackends
 from inpaint_kernels._checks import check_choice, check_dtype, check_pair, check_range, check_tensor
 from inpaint_kernels._compile import constant_for_compile
+from inpaint_kernels.ops._autograd import register_autograd
 from inpaint_kernels.ops._common import always, cpu_reasons, only_computes, wants_gradient
 from inpaint_kernels.portable import hog as portable
 from inpaint_kernels.portable.hog import Settings, feature_dtype
@@ -398,5 +399,5 @@ def _no_second_backward(ctx: Any, *_: Any) -> Any:
     raise RuntimeError("hog: double backward is not implemented (the gradient has no gradient)")
 
 
-torch.library.register_autograd("inpaint_kernels::hog", _autograd_backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("inpaint_kernels::hog_backward", _no_second_backward, lib=_library)
+register_autograd(_library, "hog", _autograd_backward, _setup_context)
+register_autograd(_library, "hog_backward", _no_second_backward)
