@@ -11,6 +11,7 @@ MAX_JOBS, CXX, CUDA_HOME.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -224,7 +226,6 @@ def write_ninja_file(tools: Toolchain) -> None:
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
     if tools.cuda is not None:
         sources += sorted(ROOT.glob("csrc/cuda/*.cu"))
-    (ROOT / BUILD_DIR).mkdir(parents=True, exist_ok=True)
     with open(ROOT / BUILD_DIR / "build.ninja", "w") as file:
         writer: Any = ninja_syntax.Writer  # its type stub declares a str where it takes a file
         ninja = writer(file, width=120)
@@ -292,13 +293,25 @@ def older_glibc_flags() -> list[str]:
 
 def compile_library(tools: Toolchain) -> Path:
     """Runs ninja; returns the library. A compile error of our sources ends the installation."""
-    write_ninja_file(tools)
     command = [sys.executable, "-m", "ninja", "-f", str(BUILD_DIR / "build.ninja")]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
-        raise SystemExit("inpaint-kernels: compiling the native library failed; the compiler's messages are above")
+    with only_build():
+        write_ninja_file(tools)
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise SystemExit("inpaint-kernels: compiling the native library failed; the compiler's messages are above")
     return ROOT / BUILD_DIR / LIBRARY
+
+
+@contextlib.contextmanager
+def only_build() -> Iterator[None]:
+    """Other builds of this folder wait: of two at once, one takes the other's list of what a source includes."""
+    import fcntl  # which Windows does not have
+
+    (ROOT / BUILD_DIR).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / BUILD_DIR / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def git_commit() -> str | None:

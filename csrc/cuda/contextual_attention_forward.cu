@@ -17,6 +17,10 @@ namespace {
 constexpr int kPasteThreads = 256;
 constexpr int kPasteCells = 16;  // neighbours, over which a thread walks
 
+// Lines of cells that a thread takes at once, each with the key line as far below: a line of probabilities serves two.
+template <bool kDots>
+constexpr int kPasteLines = kDots ? 1 : 2;
+
 // ---- Rows of the correlations ------------------------------------------------------------------------------------
 
 // The pixels of a tile, ascending, as runs: runs[2 i] is the first position, runs[2 i + 1] the first row.
@@ -120,16 +124,21 @@ __device__ __forceinline__ void store_rounded(W* address, const T (&values)[kQua
   store_quad(address, rounded);
 }
 
-// Four neighbouring key cells: the first one, its line and its place in it.
+// Four neighbouring key cells: their line, and the place of the first one in it. Threads begin `lines_above` the map.
 struct KeyCells {
-  int w, y, x;
-  bool exist;
+  int y, x;
 
-  __device__ KeyCells(const AttentionTile& tile, int64_t thread) : w(kQuad * static_cast<int>(thread)) {
-    const int width = static_cast<int>(tile.key_cell_width);
-    y = w / width;
-    x = w - y * width;
-    exist = w < tile.key_cells();
+  __device__ KeyCells(const AttentionTile& tile, int64_t thread, int lines_above) {
+    const int at = kQuad * static_cast<int>(thread), width = static_cast<int>(tile.key_cell_width), line = at / width;
+    y = line - lines_above;
+    x = at - line * width;
+  }
+  // Whether those `lines` further down exist, and the first of them.
+  __device__ bool exist(const AttentionTile& tile, int lines = 0) const {
+    return y + lines >= 0 && y + lines < tile.key_cell_height;
+  }
+  __device__ int first(const AttentionTile& tile, int lines = 0) const {
+    return (y + lines) * static_cast<int>(tile.key_cell_width) + x;
   }
 };
 
@@ -139,35 +148,47 @@ struct KeyCells {
 template <class T>
 class PastedLine {
  public:
-  // Queries and keys `step` lines above cell line `y` and the key cells.
+  PastedLine() = default;
+  // Of queries in line `line` of the tile and keys from (v, x) on.
   __device__ PastedLine(const AttentionTile& tile, const Masking<T>& masking, const T* logits, const T* statistics,
-                        int y, const KeyCells& cells, int step) {
-    const int line = y - step - static_cast<int>(tile.top), v = cells.y - step;
-    exists_ = cells.exist && v >= 0 && v < tile.key_height && line >= 0 && line < tile.height;
+                        int line, int v, int x)
+      : exists_(v >= 0 && v < tile.key_height && line >= 0 && line < tile.height) {
     if (!exists_) return;
-    const int at = v * static_cast<int>(tile.key_cell_width) + cells.x;
+    const int at = v * static_cast<int>(tile.key_cell_width) + x;
     logits_ = logits + line * tile.width * tile.logit_columns() + at;
     statistics_ = statistics + line * tile.width;
 #pragma unroll
     for (int k = 0; k <= kQuad; ++k) {
-      const int u = cells.x - 1 + k;
+      const int u = x - 1 + k;
       has_ |= (u >= 0 && u < tile.key_width ? 1 : 0) << k;
       keep_[k] = masking.keep != nullptr && has(k) ? masking.keep[at - 1 + k] : T(1);
     }
   }
 
-  // Of query `column` of the tile, keys -1 to 3; 0 where there is none.
-  __device__ __forceinline__ void probabilities(const AttentionTile& tile, int column, T (&p)[kQuad + 1]) const {
-#pragma unroll
-    for (int k = 0; k <= kQuad; ++k) p[k] = 0;
-    if (!exists_ || static_cast<unsigned>(column) >= static_cast<unsigned>(tile.width)) return;
+  // What the probabilities of a query are made of.
+  struct Logits {
+    Quad<T> four;
+    T before, maximum, inverse_sum;
+  };
+
+  // Of query `column` of the tile; where there is none its probabilities are 0.
+  __device__ __forceinline__ Logits load(const AttentionTile& tile, int column) const {
+    Logits loaded{{}, T(0), T(0), T(0)};
+    if (!exists_ || static_cast<unsigned>(column) >= static_cast<unsigned>(tile.width)) return loaded;
     const T* line = logits_ + column * tile.logit_columns();
-    const T maximum = statistics_[column], inverse_sum = statistics_[column + tile.queries()];
-    const Quad<T> four = load_quad(line);
-    const T before = has(0) ? line[-1] : T(0);
+    loaded.four = load_quad(line);
+    if (has(0)) loaded.before = line[-1];
+    loaded.maximum = statistics_[column];
+    loaded.inverse_sum = statistics_[column + tile.queries()];
+    return loaded;
+  }
+
+  // Keys -1 to 3; 0 where there is none.
+  __device__ __forceinline__ void probabilities(const Logits& loaded, T (&p)[kQuad + 1]) const {
 #pragma unroll
     for (int k = 0; k <= kQuad; ++k) {
-      const T probability = softmax(k == 0 ? before : four.at[k - 1], maximum, inverse_sum) * keep_[k];
+      const T logit = k == 0 ? loaded.before : loaded.four.at[k - 1];
+      const T probability = softmax(logit, loaded.maximum, loaded.inverse_sum) * keep_[k];
       p[k] = has(k) ? probability : T(0);
     }
   }
@@ -175,7 +196,7 @@ class PastedLine {
  private:
   __device__ bool has(int k) const { return (has_ >> k & 1) != 0; }
 
-  bool exists_;
+  bool exists_ = false;
   int has_ = 0;  // bit k: key k - 1 lies in the line
   const T* __restrict__ logits_ = nullptr;
   const T* __restrict__ statistics_ = nullptr;
@@ -184,65 +205,89 @@ class PastedLine {
 
 // Two steps along either axis and no floor, as nearly all networks have it.
 template <class T, class W, bool kDots>
-__device__ void paste_two_by_two(const AttentionTile& tile, const PasteWeights<T, W>& paste, const KeyCells& keys,
-                                 int64_t warp, int64_t warps) {
-  constexpr int kReach = 2;
-  const int cell_width = static_cast<int>(tile.cell_width), walks = (cell_width + kPasteCells - 1) / kPasteCells;
-  for (int walk = blockIdx.y; walk < tile.cell_height * walks; walk += gridDim.y) {
-    const int cell_y = walk / walks, begin = (walk - cell_y * walks) * kPasteCells;
-    const int end = min(begin + kPasteCells, cell_width), y = static_cast<int>(tile.cell_top) + cell_y;
-    const int to_column = static_cast<int>(tile.cell_left - tile.left);
-    const PastedLine<T> lines[kReach] = {{tile, paste.masking, paste.logits, paste.statistics, y, keys, 0},
-                                         {tile, paste.masking, paste.logits, paste.statistics, y, keys, 1}};
-    T left[kReach][kQuad + 1];  // of the query before
+__device__ void paste_two_by_two(const AttentionTile& tile, const PasteWeights<T, W>& paste, int64_t warp,
+                                 int64_t warps) {
+  constexpr int kReach = 2, kLines = kPasteLines<kDots>;
+  const KeyCells keys(tile, global_thread(), kLines - 1);
+  const int cell_height = static_cast<int>(tile.cell_height), cell_width = static_cast<int>(tile.cell_width);
+  const int groups = (cell_height + kLines - 1) / kLines, walks = (cell_width + kPasteCells - 1) / kPasteCells;
+  const int to_line = static_cast<int>(tile.cell_top - tile.top);
+  const int to_column = static_cast<int>(tile.cell_left - tile.left);
+  for (int walk = blockIdx.y; walk < groups * walks; walk += gridDim.y) {
+    const int group = walk / walks, cell_y = group * kLines, begin = (walk - group * walks) * kPasteCells;
+    const int end = min(begin + kPasteCells, cell_width);
+    PastedLine<T> lines[kLines + 1];                  // the first one is above the cells
+    typename PastedLine<T>::Logits next[kLines + 1];  // asked for a step ahead
+    T left[kLines + 1][kQuad + 1];                    // of the query before
 #pragma unroll
-    for (int ey = 0; ey < kReach; ++ey) lines[ey].probabilities(tile, begin - 1 + to_column, left[ey]);
+    for (int j = 0; j <= kLines; ++j) {
+      lines[j] = PastedLine<T>(tile, paste.masking, paste.logits, paste.statistics, cell_y + to_line + j - 1,
+                               keys.y + j - 1, keys.x);
+      lines[j].probabilities(lines[j].load(tile, begin - 1 + to_column), left[j]);
+      next[j] = lines[j].load(tile, begin + to_column);
+    }
 #pragma unroll 1
     for (int cell_x = begin; cell_x < end; ++cell_x) {
-      const int64_t cell = int64_t{cell_y} * cell_width + cell_x;
-      T sum[kQuad] = {};
-      Quad<T> gradient{};
-      if (kDots && keys.exist) gradient = load_quad(paste.gradients + cell * tile.key_cells() + keys.w);
+      T p[kLines + 1][kQuad + 1];
 #pragma unroll
-      for (int ey = 0; ey < kReach; ++ey) {
-        T p[kQuad + 1], dot[kReach] = {};
-        lines[ey].probabilities(tile, cell_x + to_column, p);
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) {
-          sum[k] += p[k + 1];
-          sum[k] += left[ey][k];
-          if (kDots) dot[0] += p[k + 1] * gradient.at[k];
-          if (kDots) dot[1] += left[ey][k] * gradient.at[k];
-        }
-#pragma unroll
-        for (int k = 0; k <= kQuad; ++k) left[ey][k] = p[k];
-#pragma unroll
-        for (int ex = 0; kDots && ex < kReach; ++ex) {
-          const T total = warp_sum(dot[ex]);
-          if (threadIdx.x % kWarp == 0) paste.dots[((cell * kReach + ey) * kReach + ex) * warps + warp] = total;
-        }
+      for (int j = 0; j <= kLines; ++j) {
+        const auto loaded = next[j];
+        next[j] = lines[j].load(tile, cell_x + 1 + to_column);
+        lines[j].probabilities(loaded, p[j]);
       }
-      if (keys.exist) store_rounded(paste.weights + cell * tile.key_cells() + keys.w, sum);
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        const int64_t cell = int64_t{cell_y + i} * cell_width + cell_x;
+        const bool exist = keys.exist(tile, i) && cell_y + i < cell_height;
+        const int64_t at = cell * tile.key_cells() + keys.first(tile, i);
+        T sum[kQuad] = {};
+        Quad<T> gradient{};
+        if (kDots && exist) gradient = load_quad(paste.gradients + at);
+#pragma unroll
+        for (int ey = 0; ey < kReach; ++ey) {
+          const int j = i + 1 - ey;
+          T dot[kReach] = {};
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+            sum[k] += p[j][k + 1];
+            sum[k] += left[j][k];
+            if (kDots) dot[0] += p[j][k + 1] * gradient.at[k];
+            if (kDots) dot[1] += left[j][k] * gradient.at[k];
+          }
+#pragma unroll
+          for (int ex = 0; kDots && ex < kReach; ++ex) {
+            const T total = warp_sum(dot[ex]);
+            if (threadIdx.x % kWarp == 0) paste.dots[((cell * kReach + ey) * kReach + ex) * warps + warp] = total;
+          }
+        }
+        if (exist) store_rounded(paste.weights + at, sum);
+      }
+#pragma unroll
+      for (int j = 0; j <= kLines; ++j) {
+#pragma unroll
+        for (int k = 0; k <= kQuad; ++k) left[j][k] = p[j][k];
+      }
     }
   }
 }
 
 // Any number of steps, and a smallest probability: where it replaces one, the gradient stops.
 template <class T, class W, bool kDots>
-__device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& paste, const KeyCells& keys,
-                          int64_t warp, int64_t warps) {
+__device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& paste, int64_t warp, int64_t warps) {
+  const KeyCells keys(tile, global_thread(), 0);
+  const bool exist = keys.exist(tile);
   const int cell_width = static_cast<int>(tile.cell_width), cells = static_cast<int>(tile.cells());
   for (int cell = blockIdx.y; cell < cells; cell += gridDim.y) {
     const int64_t y = tile.cell_top + cell / cell_width, x = tile.cell_left + cell % cell_width;
     T sum[kQuad] = {};
     Quad<T> gradient{};
-    if (kDots && keys.exist) gradient = load_quad(paste.gradients + cell * tile.key_cells() + keys.w);
+    if (kDots && exist) gradient = load_quad(paste.gradients + cell * tile.key_cells() + keys.first(tile));
     for (int ey = 0; ey < tile.reach_y; ++ey) {
       const int v = keys.y - ey;
       for (int ex = 0; ex < tile.reach_x; ++ex) {
         const int64_t row = tile.row(y - ey, x - ex);
         T dot = 0;
-        if (keys.exist && v >= 0 && v < tile.key_height && row >= 0) {
+        if (exist && v >= 0 && v < tile.key_height && row >= 0) {
           const int at = v * static_cast<int>(tile.key_cell_width) + keys.x - ex;
           const T maximum = paste.statistics[row], inverse_sum = paste.statistics[tile.queries() + row];
           for (int k = 0; k < kQuad; ++k) {
@@ -261,20 +306,19 @@ __device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& p
         }
       }
     }
-    if (keys.exist) store_rounded(paste.weights + cell * tile.key_cells() + keys.w, sum);
+    if (exist) store_rounded(paste.weights + cell * tile.key_cells() + keys.first(tile), sum);
   }
 }
 
 template <class T, class W, bool kTwoByTwo, bool kDots>
-__global__ void __launch_bounds__(kPasteThreads, 1)
+__global__ void __launch_bounds__(kPasteThreads, sizeof(T) == 4 ? 2 : 1)
     contextual_attention_paste_weights_kernel(AttentionTile tile, PasteWeights<T, W> paste) {
   const int64_t warp = global_thread() / kWarp, warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
-  const KeyCells keys(tile, global_thread());
   const auto of_sample = paste.of_sample(tile, blockIdx.z, warps);
   if (kTwoByTwo)
-    paste_two_by_two<T, W, kDots>(tile, of_sample, keys, warp, warps);
+    paste_two_by_two<T, W, kDots>(tile, of_sample, warp, warps);
   else
-    paste_any<T, W, kDots>(tile, of_sample, keys, warp, warps);
+    paste_any<T, W, kDots>(tile, of_sample, warp, warps);
 }
 
 // The pixels of one group of phases: pixel (rate * cell + phase - pad) of a map, per axis phase in [first, last).
@@ -365,7 +409,10 @@ inline int64_t score_partials(const AttentionTile& tile) {
   return ceil_div(score_threads(tile), kWalkThreads) * (kWalkThreads / kWarp);
 }
 
-inline int64_t paste_blocks(const AttentionTile& tile) { return ceil_div(tile.key_cells(), kQuad * kPasteThreads); }
+// Blocks for the key cells and `more_lines` of them.
+inline int64_t paste_blocks(const AttentionTile& tile, int more_lines = 0) {
+  return ceil_div(tile.key_cells() + more_lines * tile.key_cell_width, kQuad * kPasteThreads);
+}
 
 // Warps of keys that paste_weights sums over.
 inline int64_t dot_warps(const AttentionTile& tile) { return paste_blocks(tile) * (kPasteThreads / kWarp); }
@@ -414,20 +461,22 @@ template <class T, class W>
 void launch_paste_weights(const AttentionTile& tile, const T* keep, T floor, const T* logits, const T* statistics,
                           const T* weight_gradients, W* weights, T* dots, cudaStream_t stream) {
   const PasteWeights<T, W> paste{{keep, floor}, logits, statistics, weight_gradients, weights, dots};
-  const auto launch = [&](auto kernel, int64_t walks) {
-    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile)), grid_y(walks), grid_z(tile)),
+  const auto launch = [&](auto kernel, int lines, int64_t walks) {
+    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile, lines - 1)), grid_y(walks), grid_z(tile)),
                   dim3(kPasteThreads), 0, stream, tile, paste);
   };
+  const auto launch_two_by_two = [&](auto kernel, int lines) {
+    launch(kernel, lines, ceil_div(tile.cell_height, lines) * ceil_div(tile.cell_width, kPasteCells));
+  };
   if (tile.reach_y == 2 && tile.reach_x == 2 && floor < T(0)) {
-    const int64_t walks = tile.cell_height * ceil_div(tile.cell_width, kPasteCells);
     if (dots == nullptr)
-      launch(contextual_attention_paste_weights_kernel<T, W, true, false>, walks);
+      launch_two_by_two(contextual_attention_paste_weights_kernel<T, W, true, false>, kPasteLines<false>);
     else
-      launch(contextual_attention_paste_weights_kernel<T, W, true, true>, walks);
+      launch_two_by_two(contextual_attention_paste_weights_kernel<T, W, true, true>, kPasteLines<true>);
   } else if (dots == nullptr) {
-    launch(contextual_attention_paste_weights_kernel<T, W, false, false>, tile.cells());
+    launch(contextual_attention_paste_weights_kernel<T, W, false, false>, 1, tile.cells());
   } else {
-    launch(contextual_attention_paste_weights_kernel<T, W, false, true>, tile.cells());
+    launch(contextual_attention_paste_weights_kernel<T, W, false, true>, 1, tile.cells());
   }
 }
 

@@ -15,9 +15,15 @@ namespace {
 constexpr int kScoreLines = 4;
 constexpr int kScoreWalk = 36;  // queries of a walk at most; before the first of them it takes four steps for nothing
 
-// Blocks of scores that shall share a multiprocessor: as many as registers for the sums allow.
+// Blocks of scores that shall share a multiprocessor: as many as registers for the sums allow, of which sm_90 takes
+// fewer.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kFloatScoreBlocks = 3;
+#else
+constexpr int kFloatScoreBlocks = 4;
+#endif
 template <class T>
-constexpr int kScoreBlocks = sizeof(T) == 4 ? 4 : 2;
+constexpr int kScoreBlocks = sizeof(T) == 4 ? kFloatScoreBlocks : 2;
 
 // ---- Borders: one line -------------------------------------------------------------------------------------------
 
@@ -524,7 +530,7 @@ __global__ void __launch_bounds__(kWalkThreads, kScoreBlocks<T>)
                            tile.queries() * partials,
                            block_logits[threadIdx.x / kWarp]};
   // Of the first and the last column the fuse wraps around.
-  int x = x_begin, x_inner = x_begin, x_inner_end = x_begin;
+  int x_inner = x_begin, x_inner_end = x_begin;
   if constexpr (kPatch > 0) {
     const int first = key - static_cast<int>(threadIdx.x % kWarp);
     if (row + kScoreLines <= height &&
