@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 HOG_BEGIN, HOG_END = "<!-- hog: begin -->", "<!-- hog: end -->"
 NOT_YET = "not yet"
+NO_TIME = "no time was left"
 EAGER, COMPILED = "eager", "torch.compile"
 SUMMARY_OP, SUMMARY_FAMILY = "contextual_attention", "peaked"
 COHERENT_OP = "coherent_semantic_attention"
@@ -564,7 +565,7 @@ def gpu_page(run: Path) -> str:
         header = ("case", "provider", "time", "time / ours", "time / floor", "extra memory", "error", "noise")
         sections.append(table(header, rows))
     failures = [failure for path in sorted(run.glob("*.json")) for failure in _failures(path)]
-    sections += [f"- not timed: {failure}" for failure in failures]
+    sections += [f"- not timed: {failure}" for failure in _told(failures)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -602,9 +603,15 @@ def _gpu_rows(contenders: dict[str, Contender], ceilings: dict[str, Any] | None)
     ]
 
 
-def _failures(path: Path) -> list[str]:
-    failures = json.loads(path.read_text(encoding="utf-8")).get("failures", ())
-    return [f"{failure['case']}, {failure['provider']}: {failure['reason']}" for failure in failures]
+def _failures(path: Path) -> list[dict[str, str]]:
+    return list(json.loads(path.read_text(encoding="utf-8")).get("failures", ()))
+
+
+def _told(failures: Sequence[Mapping[str, str]]) -> list[str]:
+    """Each with its reason; those for which there was no time are counted."""
+    told = [f"{x['case']}, {x['provider']}: {x['reason']}" for x in failures if x["reason"] != NO_TIME]
+    late = len(failures) - len(told)
+    return [*told, f"{late} cases: {NO_TIME}"] if late else told
 
 
 # Plot ----------------------------------------------------------------------------------------------------------------

@@ -353,6 +353,7 @@ def results(tmp_path) -> Path:
     run = folder / "a_gpu"
     run.mkdir(parents=True)
     failures = [{"case": "a case", "provider": "naive", "reason": "OutOfMemoryError: too large"}]
+    failures += [{"case": case, "provider": "all", "reason": report.NO_TIME} for case in ("late", "later")]
     figures = [figure("ours", 4e-3), figure("portable", 8e-3)]
     document = {"datetime": "2026-01-02", "benchmarks": figures, "failures": failures}
     parts = [{"part": "build", "result": "passed", "seconds": 60.4, "detail": "linked"}]
@@ -392,6 +393,7 @@ def test_the_page_of_a_run(results):
         "| 2000x2000 image, 62,500 keys, forward, batch 2, bfloat16 | ours | 4 ms |  | 2.0x | 100 MiB | 1e-03 | 1% |",
         "| portable | 8 ms | 2.00x | 4.0x |",
         "- not timed: a case, naive: OutOfMemoryError: too large",
+        "- not timed: 2 cases: no time was left",
     ):
         assert part in page
     (results / "a_gpu/ceilings.json").unlink()
