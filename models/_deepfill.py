@@ -295,9 +295,11 @@ class DeepFill(InpaintingModel):
         plans = [None] if boxes is None else [self._plan(box, size) for box in boxes]
         coarse, second = self._first_stage(image, hole, self._lines(sketch, image, hole), boxes, plans)
         attended, attention = self._attend(self._chain(MATCHED)(second), hole, plans, return_attention)
-        painted = (self._refine(second, source, plan) for source, plan in zip(attended, plans, strict=True))
-        output = self._unscale(pasted(painted, self._scale(image, hole), boxes))
-        return InpaintResult(output, complete(image, output, hole), self._unscale(coarse), attention)
+        painted = (
+            self._unscale(self._refine(second, source, plan)) for source, plan in zip(attended, plans, strict=True)
+        )
+        output = pasted(painted, image, boxes)
+        return InpaintResult(output, complete(image, output, hole, boxes), coarse, attention)
 
     def _first_stage(
         self,
@@ -312,9 +314,16 @@ class DeepFill(InpaintingModel):
         indicators = [torch.ones_like(mask[:, :, :1, :1]).expand_as(mask), mask] if self.dialect.ones else [mask]
         x = torch.cat([known, *lines, *indicators], 1)
         stage = self._chain(COARSE, LAST[0])
-        coarse = pasted((self._squash(stage.run(x, plan and plan.coarse)) for plan in plans), known, boxes)
-        second = torch.cat([torch.where(hole, coarse, known), *(indicators if self.dialect.indicators else [])], 1)
-        return coarse, second.contiguous(memory_format=torch.channels_last)
+        painted = [self._squash(stage.run(x, plan and plan.coarse)) for plan in plans]
+        coarse = pasted(map(self._unscale, painted), image, boxes)
+        if boxes is None:
+            known = torch.where(hole, painted[0], known)
+        second = torch.cat([known, *(indicators if self.dialect.indicators else [])], 1)
+        second = second.contiguous(memory_format=torch.channels_last)
+        for box, part in zip(boxes, painted, strict=True) if boxes is not None else ():
+            seen = box.of(second)[:, :3]
+            seen.copy_(torch.where(box.of(hole), part, seen))
+        return coarse, second
 
     def _refine(self, second: Tensor, attended: Tensor, plan: _Plan | None) -> Tensor:
         dilated = self._chain(DILATED).run(second, plan and plan.dilated)

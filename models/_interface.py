@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from inpaint_kernels.models._boxes import Box, connected_boxes, merged
+from inpaint_kernels.models._regions import pasted
 from torch import Tensor, nn
 
 from inpaint_kernels._checks import (
@@ -210,9 +211,14 @@ def check_least_size(image: Tensor, least: int) -> None:
         raise ValueError(f"image: expected a height and width of at least {least}, got {got}")
 
 
-def complete(image: Tensor, output: Tensor, hole: Tensor) -> Tensor:
-    """The output in the hole, within [0, 1]; the image around it, bit for bit; all [B, C, H, W]."""
-    return torch.where(hole, output.clamp(0, 1), image)
+def complete(image: Tensor, output: Tensor, hole: Tensor, boxes: Sequence[Box] | None = None) -> Tensor:
+    """The output in the hole, within [0, 1]; the image around it, bit for bit, and outside the boxes; all [B, C, H, W].
+
+    A photo is large, and each pass over it makes fresh pages: only its boxes are computed with.
+    """
+    if boxes is None:
+        return torch.where(hole, output.clamp(0, 1), image)
+    return pasted((complete(box.of(image), box.of(output), box.of(hole)) for box in boxes), image, boxes)
 
 
 def named(dialect: str | D, dialects: Mapping[str, D]) -> D:

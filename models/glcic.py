@@ -138,7 +138,7 @@ class GLCIC(InpaintingModel):
         size = (image.shape[2], image.shape[3])
         plans = [None] if boxes is None else [self._chain().plan(box, size) for box in boxes]
         output = pasted((self._paint(x, plan) for plan in plans), image, boxes)
-        return InpaintResult(output, complete(image, output, hole))
+        return InpaintResult(output, complete(image, output, hole, boxes))
 
     def _paint(self, x: Tensor, plan: Plan | None) -> Tensor:
         x = self._chain().run(x, plan)
