@@ -237,9 +237,13 @@ class DiagonalScores<T, 0, kHalf> {
 
 // ---- Inside: several lines ---------------------------------------------------------------------------------------
 
-// The scores of a walk of kScoreLines lines, where no map ends within reach, but for the columns of the queries: 44
-// instructions per score. The state is that of DiagonalScores for all lines together. What enters takes the place of
-// what leaves, so nothing is moved: `phase`, the number of a column modulo kPatch, is known when the code is compiled.
+// The scores of a walk of kScoreLines lines, where no map ends within reach, but for the columns of the queries. The
+// state is that of DiagonalScores for all lines together. What enters takes the place of what leaves, so nothing is
+// moved: `phase`, the number of a column modulo kPatch, is known when the code is compiled.
+//
+// 53 instructions per score, and 12 for its statistics, where one line at once takes 195. On an H200 62,500 keys take
+// 46 ms instead of 55: what bounds the kernel now is how long a term that was asked for one step ahead is on its way,
+// from rows that lie 250 KB apart.
 template <class T, int kPatch, int kHalf>
 class InnerScores {
  public:
