@@ -231,7 +231,8 @@ def test_order_of_threads_does_not_matter():
 )
 @pytest.mark.parametrize("sizes", [((6, 10), (8, 6)), ((40, 44), (42, 40))], ids=str)
 def test_no_access_out_of_bounds(options, sizes):
-    f, b, mask = make_maps(*sizes, batch=1, dtype=torch.float32)
+    f_size, b_size = sizes
+    f, b, mask = make_maps(f_size, b_size, batch=1, dtype=torch.float32)
     kernels = EmulatedKernels(build="asan")
     output, *_ = emulated(f, b, mask, kernels=kernels, **options)
     torch.testing.assert_close(output, emulated(f, b, mask, **options)[0], rtol=0, atol=0)

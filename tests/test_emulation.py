@@ -304,6 +304,7 @@ def test_read_only_arrays_and_wrong_structs_are_refused():
 
 
 @needs_emulation
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "report"),
     [
@@ -323,6 +324,7 @@ def test_access_out_of_bounds_is_found(call, report):
 
 
 @needs_emulation
+@pytest.mark.slow
 def test_the_same_kernels_are_clean_without_their_bug():
     calls = []
     for name, rest in [("static_shift", (0,)), ("dynamic_shift", (0,)), ("global_shift", (0, 0))]:
@@ -404,6 +406,7 @@ def test_divergent_shuffle_is_found(bug, order):
 
 
 @needs_emulation
+@pytest.mark.slow
 def test_divergence_is_found_under_the_sanitizer_too():
     with pytest.raises(RuntimeError, match=r"divergent __syncthreads: .*planted.cu"):
         run(("divergent_barrier", 0, np.zeros(64, np.int32)), build="asan")
