@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from benches import model_report, race_results, report
 from benches.elf import Elf
 from inpaint_kernels import PRESETS, _native
+from inpaint_kernels.ops._autograd import register_autograd
 from tests.compare import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -685,3 +686,10 @@ def test_key_norm_reads_strided_maps():
 def test_poisoned_memory_is_nan(poisoned_memory):
     assert torch.empty(3).isnan().all()
     assert torch.zeros(3).new_empty(3).isnan().all()
+
+
+def test_gradients_are_registered_for_ops_without_default_values_only():
+    with torch.library._scoped_library("inpaint_kernels", "FRAGMENT") as library:
+        library.define("an_op(Tensor x, int y=1) -> Tensor")
+        with pytest.raises(ValueError, match="name: expected an op without default values, an_op has some"):
+            register_autograd(library, "an_op", lambda ctx, grad: (grad, None))
