@@ -25,6 +25,15 @@ constexpr int kFloatScoreBlocks = 4;
 template <class T>
 constexpr int kScoreBlocks = sizeof(T) == 4 ? kFloatScoreBlocks : 2;
 
+// The sum of the terms of a patch's column.
+template <int kPatch, class T>
+__device__ __forceinline__ T column_sum(const T* terms) {
+  T sum = terms[0];
+#pragma unroll
+  for (int dy = 1; dy < kPatch; ++dy) sum += terms[dy];
+  return sum;
+}
+
 // ---- Borders: one line -------------------------------------------------------------------------------------------
 
 // Steps of the fuse that stay in the query map and, downwards, in the key map.
@@ -205,10 +214,7 @@ class DiagonalScores {
     for (int e = 0; e < kSteps; ++e) {
 #pragma unroll
       for (int dx = 0; dx + 1 < kPatch; ++dx) columns_[e][dx] = columns_[e][dx + 1];
-      T sum = terms[e];
-#pragma unroll
-      for (int dy = 1; dy < kPatch; ++dy) sum += terms[e + dy];
-      columns_[e][kPatch - 1] = sum;
+      columns_[e][kPatch - 1] = column_sum<kPatch>(terms + e);
     }
   }
 
@@ -350,12 +356,7 @@ class InnerScores {
     for (int a = 0; a < kTerms; ++a) terms[a] = terms_[a];
     load_terms();
 #pragma unroll
-    for (int e = 0; e < kSums; ++e) {
-      T sum = terms[e];
-#pragma unroll
-      for (int dy = 1; dy < kPatch; ++dy) sum += terms[e + dy];
-      columns_[e][phase] = sum;
-    }
+    for (int e = 0; e < kSums; ++e) columns_[e][phase] = column_sum<kPatch>(terms + e);
   }
 
   int64_t step_;

@@ -49,26 +49,6 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// The largest value of a warp, in every lane; NaN, or not, where a value is NaN.
-template <class T>
-__device__ T warp_maximum(T value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, value, step);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-#if defined(INPAINT_EMULATION) || __CUDA_ARCH__ >= 800
-// Floats compare as the integers of their bits do, but for the order of the negative ones: one instruction for a warp.
-template <>
-__device__ inline float warp_maximum(float value) {
-  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
-  return __int_as_float(ordered(__reduce_max_sync(0xffffffffu, ordered(__float_as_int(value)))));
-}
-#endif
-
 // ---- Exponentials ------------------------------------------------------------------------------------------------
 
 // exp(value - maximum) of a value that is not larger. In float three instructions: the hardware's error grows with the

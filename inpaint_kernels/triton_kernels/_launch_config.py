@@ -185,10 +185,7 @@ def in_gemm(layer: Layer, capability: Capability) -> tuple[bool, str]:
     if layer.columns <= most:
         return True, f"{layer.columns} <= {most} output channels of the convolution: memory traffic decides"
     if layer.dilation > MOST_DILATION_OF_CUDNN:
-        return (
-            True,
-            f"dilated by {layer.dilation} > {MOST_DILATION_OF_CUDNN}: the product decides, cuDNN's is the slower",
-        )
+        return True, f"dilation {layer.dilation} > {MOST_DILATION_OF_CUDNN}: the product decides, cuDNN's is the slower"
     return False, f"{layer.columns} > {most} output channels of the convolution: the product decides"
 
 

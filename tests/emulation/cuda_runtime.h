@@ -126,14 +126,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, E
   });
 }
 
-inline int __reduce_max_sync(unsigned mask, int value, EMULATION_CALLER) {
-  const auto values = emulation::warp_values(mask, value, "__reduce_max_sync", file, line);
-  int most = value;
-  for (unsigned lane = 0; lane < emulation::kWarpSize; ++lane)
-    if (values.has(lane) && values[lane] > most) most = values[lane];
-  return most;
-}
-
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_CALLER) {
   const auto values = emulation::warp_values(mask, predicate, "__ballot_sync", file, line);
   unsigned ballot = 0;
