@@ -2,7 +2,7 @@
 
 Photos as bench_photo.py has them, of the whole field those that fit: whole maps, strips, the hole alone, and the public
 network where a folder of checkouts is given (``INPAINT_PEERS``) and it needs little memory. Training steps as
-bench_training.py has them, of 16 images of 256x256, with the public network.
+bench_training.py has them, of 16 images of 256x256, with the public network; and DeepFill v1's whole trainer.
 
 No floor is named: what a network needs at least is the sum of its ops', which have cases of their own.
 """
@@ -18,6 +18,7 @@ from benches.peers import folder_in_environment
 from benches.photo_case import MODELS, PhotoCase
 from benches.published_models import available_pairs
 from benches.published_race import PUBLISHED
+from benches.trainer_case import TrainerCase
 from benches.training_case import TrainingCase
 
 SIDE: Final = 2000
@@ -54,7 +55,7 @@ class GpuTrainingCase(TrainingCase):
         return {**super().facts(), "precision": self.precision}
 
 
-def cases() -> list[GpuPhotoCase | GpuTrainingCase]:
+def cases() -> list[GpuPhotoCase | GpuTrainingCase | TrainerCase]:
     """What ``make gpu`` runs, the most wanted first: time may run out."""
     peers = folder_in_environment()
     photos = [
@@ -66,4 +67,5 @@ def cases() -> list[GpuPhotoCase | GpuTrainingCase]:
         if peers is not None and name in available_pairs(peers)
         for precision in (TF32, FLOAT32)
     ]
-    return [*steps[:1], *photos, *steps[1:]]
+    trainers = [TrainerCase(256, 16, peers, precision=precision) for precision in (TF32, FLOAT32) if steps and peers]
+    return [*trainers[:1], *steps[:1], *photos, *steps[1:], *trainers[1:]]

@@ -142,7 +142,7 @@ def gpu_summary(races: Races) -> list[str]:
         "the hole alone",
         "extra memory",
     )
-    steps = ("training step on a GPU, batch", *_BESIDE_PUBLISHED)
+    steps = ("on a GPU, batch", *_BESIDE_PUBLISHED)
     tables = []
     if of_op[PHOTO]:
         tables.append(table(photos, (_gpu_photo_row(contenders) for contenders in of_op[PHOTO])))
@@ -163,7 +163,8 @@ def _gpu_photo_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
 
 def _gpu_training_row(contenders: dict[str, Contender]) -> tuple[str, ...]:
     facts = facts_of(contenders)
-    return (f"`{facts['model']}`, {facts['batch']}, {facts['precision']}", *_beside_published(contenders))
+    what = f"{facts['direction']}, `{facts['model']}`, {facts['batch']}, {facts['precision']}"
+    return (what, *_beside_published(contenders))
 
 
 _BESIDE_PUBLISHED = (

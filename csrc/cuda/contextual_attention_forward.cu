@@ -17,9 +17,13 @@ namespace {
 constexpr int kPasteThreads = 256;
 constexpr int kPasteCells = 16;  // neighbours, over which a thread walks
 
-// Lines of cells that a thread takes at once, each with the key line as far below: a line of probabilities serves two.
-template <bool kDots>
-constexpr int kPasteLines = kDots ? 1 : 2;
+// Blocks of paste_weights that shall share a multiprocessor. It waits for memory: four blocks of warps that take one
+// line of cells are quicker than two that take two and look up a line of logits less (H200, 62,500 keys: 9.6 and 12.0
+// ms).
+template <class T, bool kDots>
+constexpr int kPasteBlocks = sizeof(T) > 4 ? 1
+                             : kDots       ? 2
+                                           : 4;
 
 // ---- Rows of the correlations ------------------------------------------------------------------------------------
 
@@ -124,22 +128,17 @@ __device__ __forceinline__ void store_rounded(W* address, const T (&values)[kQua
   store_quad(address, rounded);
 }
 
-// Four neighbouring key cells: their line, and the place of the first one in it. Threads begin `lines_above` the map.
+// Four neighbouring key cells: their line, and the place of the first one in it.
 struct KeyCells {
   int y, x;
 
-  __device__ KeyCells(const AttentionTile& tile, int64_t thread, int lines_above) {
-    const int at = kQuad * static_cast<int>(thread), width = static_cast<int>(tile.key_cell_width), line = at / width;
-    y = line - lines_above;
-    x = at - line * width;
+  __device__ KeyCells(const AttentionTile& tile, int64_t thread) {
+    const int at = kQuad * static_cast<int>(thread), width = static_cast<int>(tile.key_cell_width);
+    y = at / width;
+    x = at - y * width;
   }
-  // Whether those `lines` further down exist, and the first of them.
-  __device__ bool exist(const AttentionTile& tile, int lines = 0) const {
-    return y + lines >= 0 && y + lines < tile.key_cell_height;
-  }
-  __device__ int first(const AttentionTile& tile, int lines = 0) const {
-    return (y + lines) * static_cast<int>(tile.key_cell_width) + x;
-  }
+  __device__ bool exist(const AttentionTile& tile) const { return y < tile.key_cell_height; }
+  __device__ int first(const AttentionTile& tile) const { return y * static_cast<int>(tile.key_cell_width) + x; }
 };
 
 // The probabilities of one query line and one key line, for a thread that walks over the queries with its key cells
@@ -207,66 +206,54 @@ class PastedLine {
 template <class T, class W, bool kDots>
 __device__ void paste_two_by_two(const AttentionTile& tile, const PasteWeights<T, W>& paste, int64_t warp,
                                  int64_t warps) {
-  constexpr int kReach = 2, kLines = kPasteLines<kDots>;
-  const KeyCells keys(tile, global_thread(), kLines - 1);
+  constexpr int kReach = 2;
+  const KeyCells keys(tile, global_thread());
+  const bool exist = keys.exist(tile);
   const int cell_height = static_cast<int>(tile.cell_height), cell_width = static_cast<int>(tile.cell_width);
-  const int groups = (cell_height + kLines - 1) / kLines, walks = (cell_width + kPasteCells - 1) / kPasteCells;
+  const int walks = (cell_width + kPasteCells - 1) / kPasteCells;
   const int to_line = static_cast<int>(tile.cell_top - tile.top);
   const int to_column = static_cast<int>(tile.cell_left - tile.left);
-  for (int walk = blockIdx.y; walk < groups * walks; walk += gridDim.y) {
-    const int group = walk / walks, cell_y = group * kLines, begin = (walk - group * walks) * kPasteCells;
+  for (int walk = blockIdx.y; walk < cell_height * walks; walk += gridDim.y) {
+    const int cell_y = walk / walks, begin = (walk - cell_y * walks) * kPasteCells;
     const int end = min(begin + kPasteCells, cell_width);
-    PastedLine<T> lines[kLines + 1];                  // the first one is above the cells
-    typename PastedLine<T>::Logits next[kLines + 1];  // asked for a step ahead
-    T left[kLines + 1][kQuad + 1];                    // of the query before
+    PastedLine<T> lines[kReach];                  // of the cells, and above it
+    typename PastedLine<T>::Logits next[kReach];  // asked for a step ahead
+    T left[kReach][kQuad + 1];                    // of the query before
 #pragma unroll
-    for (int j = 0; j <= kLines; ++j) {
-      lines[j] = PastedLine<T>(tile, paste.masking, paste.logits, paste.statistics, cell_y + to_line + j - 1,
-                               keys.y + j - 1, keys.x);
-      lines[j].probabilities(lines[j].load(tile, begin - 1 + to_column), left[j]);
-      next[j] = lines[j].load(tile, begin + to_column);
+    for (int ey = 0; ey < kReach; ++ey) {
+      lines[ey] = PastedLine<T>(tile, paste.masking, paste.logits, paste.statistics, cell_y + to_line - ey, keys.y - ey,
+                                keys.x);
+      lines[ey].probabilities(lines[ey].load(tile, begin - 1 + to_column), left[ey]);
+      next[ey] = lines[ey].load(tile, begin + to_column);
     }
 #pragma unroll 1
     for (int cell_x = begin; cell_x < end; ++cell_x) {
-      T p[kLines + 1][kQuad + 1];
+      const int64_t cell = int64_t{cell_y} * cell_width + cell_x, at = cell * tile.key_cells() + keys.first(tile);
+      T sum[kQuad] = {};
+      Quad<T> gradient{};
+      if (kDots && exist) gradient = load_quad(paste.gradients + at);
 #pragma unroll
-      for (int j = 0; j <= kLines; ++j) {
-        const auto loaded = next[j];
-        next[j] = lines[j].load(tile, cell_x + 1 + to_column);
-        lines[j].probabilities(loaded, p[j]);
-      }
+      for (int ey = 0; ey < kReach; ++ey) {
+        T p[kQuad + 1], dot[kReach] = {};
+        const auto loaded = next[ey];
+        next[ey] = lines[ey].load(tile, cell_x + 1 + to_column);
+        lines[ey].probabilities(loaded, p);
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        const int64_t cell = int64_t{cell_y + i} * cell_width + cell_x;
-        const bool exist = keys.exist(tile, i) && cell_y + i < cell_height;
-        const int64_t at = cell * tile.key_cells() + keys.first(tile, i);
-        T sum[kQuad] = {};
-        Quad<T> gradient{};
-        if (kDots && exist) gradient = load_quad(paste.gradients + at);
-#pragma unroll
-        for (int ey = 0; ey < kReach; ++ey) {
-          const int j = i + 1 - ey;
-          T dot[kReach] = {};
-#pragma unroll
-          for (int k = 0; k < kQuad; ++k) {
-            sum[k] += p[j][k + 1];
-            sum[k] += left[j][k];
-            if (kDots) dot[0] += p[j][k + 1] * gradient.at[k];
-            if (kDots) dot[1] += left[j][k] * gradient.at[k];
-          }
-#pragma unroll
-          for (int ex = 0; kDots && ex < kReach; ++ex) {
-            const T total = warp_sum(dot[ex]);
-            if (threadIdx.x % kWarp == 0) paste.dots[((cell * kReach + ey) * kReach + ex) * warps + warp] = total;
-          }
+        for (int k = 0; k < kQuad; ++k) {
+          sum[k] += p[k + 1];
+          sum[k] += left[ey][k];
+          if (kDots) dot[0] += p[k + 1] * gradient.at[k];
+          if (kDots) dot[1] += left[ey][k] * gradient.at[k];
         }
-        if (exist) store_rounded(paste.weights + at, sum);
-      }
 #pragma unroll
-      for (int j = 0; j <= kLines; ++j) {
+        for (int ex = 0; kDots && ex < kReach; ++ex) {
+          const T total = warp_sum(dot[ex]);
+          if (threadIdx.x % kWarp == 0) paste.dots[((cell * kReach + ey) * kReach + ex) * warps + warp] = total;
+        }
 #pragma unroll
-        for (int k = 0; k <= kQuad; ++k) left[j][k] = p[j][k];
+        for (int k = 0; k <= kQuad; ++k) left[ey][k] = p[k];
       }
+      if (exist) store_rounded(paste.weights + at, sum);
     }
   }
 }
@@ -274,7 +261,7 @@ __device__ void paste_two_by_two(const AttentionTile& tile, const PasteWeights<T
 // Any number of steps, and a smallest probability: where it replaces one, the gradient stops.
 template <class T, class W, bool kDots>
 __device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& paste, int64_t warp, int64_t warps) {
-  const KeyCells keys(tile, global_thread(), 0);
+  const KeyCells keys(tile, global_thread());
   const bool exist = keys.exist(tile);
   const int cell_width = static_cast<int>(tile.cell_width), cells = static_cast<int>(tile.cells());
   for (int cell = blockIdx.y; cell < cells; cell += gridDim.y) {
@@ -311,7 +298,7 @@ __device__ void paste_any(const AttentionTile& tile, const PasteWeights<T, W>& p
 }
 
 template <class T, class W, bool kTwoByTwo, bool kDots>
-__global__ void __launch_bounds__(kPasteThreads, sizeof(T) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kPasteThreads, kPasteBlocks<T, kDots>)
     contextual_attention_paste_weights_kernel(AttentionTile tile, PasteWeights<T, W> paste) {
   const int64_t warp = global_thread() / kWarp, warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
   const auto of_sample = paste.of_sample(tile, blockIdx.z, warps);
@@ -409,10 +396,8 @@ inline int64_t score_partials(const AttentionTile& tile) {
   return ceil_div(score_threads(tile), kWalkThreads) * (kWalkThreads / kWarp);
 }
 
-// Blocks for the key cells and `more_lines` of them.
-inline int64_t paste_blocks(const AttentionTile& tile, int more_lines = 0) {
-  return ceil_div(tile.key_cells() + more_lines * tile.key_cell_width, kQuad * kPasteThreads);
-}
+// Blocks for the key cells.
+inline int64_t paste_blocks(const AttentionTile& tile) { return ceil_div(tile.key_cells(), kQuad * kPasteThreads); }
 
 // Warps of keys that paste_weights sums over.
 inline int64_t dot_warps(const AttentionTile& tile) { return paste_blocks(tile) * (kPasteThreads / kWarp); }
@@ -433,19 +418,19 @@ void launch_scores(const AttentionTile& tile, const T* correlations, const int32
                   tile.pixels, " x ", tile.key_columns);
   const int64_t partials = score_partials(tile);
   const int64_t walks = ceil_div(tile.height, kScoreLines) * ceil_div(tile.width, kScoreWalk);
-  const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp) * walks), 1, grid_z(tile));
-  const auto launch = [&](auto kernel) {
+  const auto launch = [&](auto kernel, unsigned roles) {
+    const dim3 blocks(static_cast<unsigned>(partials / (kWalkThreads / kWarp) * walks), roles, grid_z(tile));
     launch_kernel(kernel, blocks, dim3(kWalkThreads), 0, stream, tile, Pairs<T>{correlations, row_of, tile.key_columns},
                   inverse_norm, factor, offset, logits, partial, static_cast<int>(partials));
   };
   if (tile.patch == 3 && tile.half == 1)
-    launch(contextual_attention_scores_kernel<T, 3, 1>);
+    launch(contextual_attention_scores_kernel<T, 3, 1>, kScoreRoles<3>);
   else if (tile.patch == 3 && tile.half == 0)
-    launch(contextual_attention_scores_kernel<T, 3, 0>);
+    launch(contextual_attention_scores_kernel<T, 3, 0>, kScoreRoles<3>);
   else if (tile.patch == 1 && tile.half == 0)
-    launch(contextual_attention_scores_kernel<T, 1, 0>);
+    launch(contextual_attention_scores_kernel<T, 1, 0>, kScoreRoles<1>);
   else
-    launch(contextual_attention_scores_kernel<T, 0, 0>);
+    launch(contextual_attention_scores_kernel<T, 0, 0>, kScoreRoles<0>);
 }
 
 template <class T>
@@ -461,22 +446,20 @@ template <class T, class W>
 void launch_paste_weights(const AttentionTile& tile, const T* keep, T floor, const T* logits, const T* statistics,
                           const T* weight_gradients, W* weights, T* dots, cudaStream_t stream) {
   const PasteWeights<T, W> paste{{keep, floor}, logits, statistics, weight_gradients, weights, dots};
-  const auto launch = [&](auto kernel, int lines, int64_t walks) {
-    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile, lines - 1)), grid_y(walks), grid_z(tile)),
+  const auto launch = [&](auto kernel, int64_t walks) {
+    launch_kernel(kernel, dim3(static_cast<unsigned>(paste_blocks(tile)), grid_y(walks), grid_z(tile)),
                   dim3(kPasteThreads), 0, stream, tile, paste);
   };
-  const auto launch_two_by_two = [&](auto kernel, int lines) {
-    launch(kernel, lines, ceil_div(tile.cell_height, lines) * ceil_div(tile.cell_width, kPasteCells));
-  };
   if (tile.reach_y == 2 && tile.reach_x == 2 && floor < T(0)) {
+    const int64_t walks = tile.cell_height * ceil_div(tile.cell_width, kPasteCells);
     if (dots == nullptr)
-      launch_two_by_two(contextual_attention_paste_weights_kernel<T, W, true, false>, kPasteLines<false>);
+      launch(contextual_attention_paste_weights_kernel<T, W, true, false>, walks);
     else
-      launch_two_by_two(contextual_attention_paste_weights_kernel<T, W, true, true>, kPasteLines<true>);
+      launch(contextual_attention_paste_weights_kernel<T, W, true, true>, walks);
   } else if (dots == nullptr) {
-    launch(contextual_attention_paste_weights_kernel<T, W, false, false>, 1, tile.cells());
+    launch(contextual_attention_paste_weights_kernel<T, W, false, false>, tile.cells());
   } else {
-    launch(contextual_attention_paste_weights_kernel<T, W, false, true>, 1, tile.cells());
+    launch(contextual_attention_paste_weights_kernel<T, W, false, true>, tile.cells());
   }
 }
 

@@ -22,6 +22,9 @@ MOST_SAMPLES = 65535
 LARGEST_SIDE = 64
 """Cells along a side of a tile: beyond this the halo is cheap, and a tile's pixels must fit into MAX_RUNS runs."""
 
+LINES = 4
+"""Lines of queries whose scores the kernel computes at once; fewer take nearly as long."""
+
 MAX_RUNS = 480
 """Runs of consecutive pixels that the kernel takes (csrc/cuda/contextual_attention_forward.cu)."""
 
@@ -156,7 +159,7 @@ def make_plan(
     while side > 1 and _bytes_of(side, layout, semantics, purpose, score_size, map_size) > WORKSPACE_BYTES:
         side -= 1
     tiles = []
-    for top, left, bottom, right in _squares(needed, side):
+    for top, left, bottom, right in _squares(needed, side, 0 if purpose == "gradients" else more):
         box = _bounding_box(needed[top:bottom, left:right])
         if box is None:
             continue
@@ -258,17 +261,33 @@ def _bytes_of(side: int, keys: Keys, semantics: Semantics, purpose: str, score_s
     return sum(matrix_bytes(most, keys, len(tuple(_phases(semantics))), purpose, score_size, map_size))
 
 
-def _squares(cells: np.ndarray[Any, Any], side: int) -> Iterator[tuple[int, int, int, int]]:
-    """(top, left, bottom, right) of the squares that the bounding box of the wanted cells is cut into."""
+def _squares(cells: np.ndarray[Any, Any], side: int, repeated: int) -> Iterator[tuple[int, int, int, int]]:
+    """(top, left, bottom, right) of the squares that the bounding box of the wanted cells is cut into.
+
+    Args:
+        cells: wanted ones.
+        side: of the squares at most.
+        repeated: lines of queries that a square needs above its first line of cells.
+    """
     box = _bounding_box(cells)
     if box is None:
         return
     y0, x0, y1, x1 = box
-    rows = np.linspace(y0, y1, -(-(y1 - y0) // side) + 1).round().astype(int)
     columns = np.linspace(x0, x1, -(-(x1 - x0) // side) + 1).round().astype(int)
-    for top, bottom in itertools.pairwise(rows):
+    for top, bottom in itertools.pairwise(_line_cuts(y0, y1, side, repeated)):
         for left, right in itertools.pairwise(columns):
-            yield int(top), int(left), int(bottom), int(right)
+            yield top, int(left), bottom, int(right)
+
+
+def _line_cuts(first: int, last: int, side: int, repeated: int) -> list[int]:
+    """Borders of parts of at most ``side`` lines of cells, about equal, most of which need whole groups of queries."""
+    cuts = [first]
+    while (left := last - cuts[-1]) > side:
+        start, even = max(0, cuts[-1] - repeated), cuts[-1] + left / -(-left // side)
+        groups = min(round((even - start) / LINES), (cuts[-1] + side - start) // LINES)
+        cut = start + groups * LINES
+        cuts.append(cut if cut > cuts[-1] else cuts[-1] + side)
+    return [*cuts, last]
 
 
 def _bounding_box(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int] | None:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inpaint_kernels.cuda_kernels._contextual_attention_plan import Grid, Phases, Tile, make_plan, matrix_bytes
+from inpaint_kernels.cuda_kernels._contextual_attention_plan import LINES, Grid, Phases, Tile, make_plan, matrix_bytes
 from inpaint_kernels.portable._contextual_attention_tiles import Semantics
 
-WALK, LINES, WALK_THREADS, WARP = 36, 4, 128, 32
+WALK, WALK_THREADS, WARP = 36, 128, 32
 """Geometry of the kernel that computes scores, which decides how many partial statistics a query has."""
 
 PASTE_THREADS, QUAD = 256, 4

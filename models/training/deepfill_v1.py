@@ -119,7 +119,9 @@ class DeepFillV1Training(TrainingSystem):
         settings = self.settings
         check_size(batch.image, self.image_size)
         boxes = batch.windows(self.box_size)
-        result = self.generator(batch.image, hole)
+        trains_generator = (self.steps + 1) % settings.generator_every == 0
+        with torch.set_grad_enabled(trains_generator):
+            result = self.generator(batch.image, hole)
         assert result.coarse is not None
         truth, coarse, fine = (2 * x - 1 for x in (batch.image, result.coarse, result.output))
         pasted = [torch.where(hole, x, truth) for x in (coarse, fine)]
@@ -135,7 +137,7 @@ class DeepFillV1Training(TrainingSystem):
             losses["wasserstein"] = losses["wasserstein"] + weight * terms.wasserstein_discriminator_loss(*scores)
             losses["penalty"] = losses["penalty"] + self._penalty(critic, real, fake, mask)
         losses["discriminator"] = losses["wasserstein"] + settings.penalty_weight * losses["penalty"]
-        if (self.steps + 1) % settings.generator_every:
+        if not trains_generator:
             self._update(discriminator=losses["discriminator"])
             return losses
 
