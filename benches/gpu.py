@@ -276,7 +276,7 @@ def run_tests(path: Path, arguments: Sequence[str]) -> int:
     """The tests, with ``arguments`` for pytest; their outcomes are appended to ``path``."""
     options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "benches.gpu"]
     if importlib.util.find_spec("pytest_timeout") is not None:
-        options.append("--timeout=90")
+        options.append("--timeout=150")  # one of them compiles dozens of kernels
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     return int(pytest.main([*options, *arguments], plugins=[Recorder(path)]))

@@ -246,19 +246,25 @@ INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, 
                                    int64_t panel, const typename Products::Sum* start, typename Products::Sum* sums,
                                    bool accumulate) {
   constexpr int columns = vectors * bytes / static_cast<int>(sizeof(*sums));
-  // A single vector for each of 4 positions would leave half of what the latency of an addition allows.
-  constexpr int together = vectors == 1 ? kPositions : positions;
+  // Two vectors for each of 4 positions, or one, would leave out part of what the latency of an addition allows.
+  constexpr int together = positions == kPositions || vectors == 3 ? positions : vectors == 2 ? 6 : kPositions;
   for (int64_t n = 0; n < panel; n += columns) {
     const int64_t weights = weight + n * Products::kDepth;
-    for (int64_t p = 0; p < count; p += together) {
+    const auto multiply_positions = [&](auto some, int64_t p) INPAINT_INLINE_LAMBDA {
       typename Products::Sum* to = sums + p * panel + n;
       if (accumulate)
-        multiply_registers<Products, together, bytes, vectors, true>(runs, p * runs.stride, weights, panel, start + n,
-                                                                     to);
+        multiply_registers<Products, some.value, bytes, vectors, true>(runs, p * runs.stride, weights, panel, start + n,
+                                                                       to);
       else
-        multiply_registers<Products, together, bytes, vectors, false>(runs, p * runs.stride, weights, panel, start + n,
-                                                                      to);
-    }
+        multiply_registers<Products, some.value, bytes, vectors, false>(runs, p * runs.stride, weights, panel,
+                                                                        start + n, to);
+    };
+    // Of a multiple of 8, sixes leave 0, 4 or 8.
+    const int64_t fours = count % together == 2 ? 8 : count % together;
+    int64_t p = 0;
+    for (; p < count - fours; p += together) multiply_positions(std::integral_constant<int, together>{}, p);
+    if constexpr (together == 6)
+      for (; p < count; p += 4) multiply_positions(std::integral_constant<int, 4>{}, p);
   }
 }
 

@@ -2,6 +2,8 @@
 // weight does not change.
 #pragma once
 
+#include <iterator>
+
 #include "convolution.h"
 #include "convolution_kernels.h"
 #include "memory.h"
@@ -16,6 +18,15 @@ constexpr int64_t kWinogradChannels = 16, kWinogradChannelsForPairs = 32;
 // 16 bits have few digits to lose.
 template <class Element>
 constexpr int kWinogradOutputs = sizeof(Element) == 2 ? 4 : 2;
+
+// Whether this CPU has vectors of 64 bytes.
+inline bool has_wide_vectors() {
+#ifdef INPAINT_X86_VERSIONS
+  return __builtin_cpu_supports("x86-64-v4");
+#else
+  return false;
+#endif
+}
 
 // Whether this CPU has AVX512_BF16.
 inline bool has_pair_products() {
@@ -50,14 +61,20 @@ class Panels {
   template <class Element>
   explicit Panels(const Weight<Element>& weight) : gated_(weight.gated), gate_first_(weight.gate_first) {
     outputs_ = gated_ ? weight.rows / 2 : weight.rows;
-    constexpr struct {
+    struct Kind {
       int64_t columns;
       double cost;  // of one column: a narrow panel has fewer products per load
-    } kinds[] = {{48, 1.0}, {32, 1.05}, {16, 1.25}, {8, 1.3}};
+    };
+    // 24 columns are three vectors of 32 bytes, 32 are twice two.
+    constexpr Kind wide[] = {{48, 1.0}, {32, 1.05}, {16, 1.25}, {8, 1.3}};
+    constexpr Kind narrow[] = {{24, 1.0}, {48, 1.0}, {32, 1.08}, {16, 1.08}, {8, 1.3}};
+    const bool is_wide = has_wide_vectors();
+    const Kind* kinds = is_wide ? wide : narrow;
     double least = 0;
-    for (const auto& kind : kinds) {
+    for (size_t i = 0; i < (is_wide ? std::size(wide) : std::size(narrow)); ++i) {
+      const Kind& kind = kinds[i];
       const int64_t width = gated_ ? kind.columns / 2 : kind.columns;
-      if (width < kChunk) continue;
+      if (width % kChunk != 0) continue;
       const double cost = ceil_div(outputs_, width) * kind.columns * kind.cost;
       if (width_ != 0 && cost >= least) continue;
       least = cost;
