@@ -489,6 +489,16 @@ def test_workspace_stays_within_a_gibibyte(size, purpose):
     assert all(len(part.slices) <= planning.MAX_RUNS for tile in plan.tiles for part in (tile.pixels, tile.scores))
 
 
+@pytest.mark.parametrize("purpose", ["output", "offsets", "gradients"])
+@pytest.mark.parametrize("size", [64, 100, 250, 251])
+def test_most_tiles_hold_whole_groups_of_lines(size, purpose):
+    """The kernel takes nearly as long for what remains of one as for a whole group."""
+    plan = planning.make_plan((size, size), (250, 250), semantics_of("nipponjo"), None, purpose, 4, 4)
+    rows = sorted({(tile.queries[0], tile.queries[2]) for tile in plan.tiles})
+    assert max(height for _, height in rows) < 1.5 * min(height for _, height in rows)
+    assert all(height % planning.LINES == 0 for _, height in rows[:-2])
+
+
 @pytest.mark.parametrize("purpose", ["output", "gradients"])
 def test_samples_share_the_workspace(purpose):
     def samples(size: int, batch: int) -> int:

@@ -252,6 +252,15 @@ def test_gradients_of_several_batches_are_averaged():
     assert any(not torch.equal(moved["generator"][key], p) for key, p in before["generator"].items())
 
 
+def test_deepfill_v1_records_its_generator_in_its_own_steps_alone():
+    system = deepfill_v1(generator_every=3)
+    recorded: list[bool] = []
+    system.generator.register_forward_hook(lambda *outputs: recorded.append(outputs[2].output.requires_grad))
+    for _ in range(6):
+        system.step(batch_of())
+    assert recorded == [False, False, True, False, False, True]
+
+
 def test_an_optimiser_steps_once_with_the_last_of_several_batches():
     system = deepfill_v2()
     steps: list[str] = []

@@ -31,6 +31,8 @@ from inpaint_kernels.models.random_masks import box_masks
 from inpaint_kernels.models.training import Batch, TrainingSystem
 from torch import Tensor, nn
 
+from benches import trainer_case
+from benches.harness import relative_errors
 from benches.peer_models import csa_depth, csa_options, edges_of, smooth_image, unit_image
 from benches.peers import (
     CSA_REPOSITORY,
@@ -210,6 +212,15 @@ def test_deepfill_v1_is_daa233s(folder, weight):
         assert losses["generator"] == pytest.approx(loss.item(), rel=1e-7)  # its discount is of float32
         assert losses["discriminator"] == pytest.approx(critic_loss.item(), rel=1e-7)
         comparison.check(*networks)
+
+
+def test_the_race_of_trainers_is_between_equals(folder):
+    """What benches/trainer_case.py times on a GPU: losses of the first cycle, in float32."""
+    checkout(trainer_case.REPOSITORY, folder)
+    torch.set_default_dtype(torch.float32)
+    case = trainer_case.TrainerCase(64, 2, folder, device="cpu")
+    published, ours = (case.provider(name).run() for name in case.provider_names)
+    assert relative_errors(ours, published)[0] < 1e-4
 
 
 # GLCIC ----------------------------------------------------------------------------------------------------------------

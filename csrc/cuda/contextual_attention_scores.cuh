@@ -295,7 +295,8 @@ class DiagonalScores<T, 0, kHalf> {
 // for all lines together. What enters takes the place of what leaves, so nothing is moved: `phase`, the number of a
 // column modulo kPatch, is known when the code is compiled. kCareful: where a map ends within reach, terms are 0.
 //
-// 53 instructions per score, and 12 for its statistics, where one line at once takes 195, and 800 where it wraps.
+// 42 instructions per score, and 12 for its statistics, where one line at once takes 195. On an H200 scores of 62,500
+// keys take 30 ms; 46 ms where lines near the maps' ends go one by one.
 template <class T, int kPatch, int kHalf, int kLines, bool kCareful>
 class InnerScores {
  public:

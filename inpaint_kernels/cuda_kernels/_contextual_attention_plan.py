@@ -282,11 +282,12 @@ def _squares(cells: np.ndarray[Any, Any], side: int, repeated: int) -> Iterator[
 def _line_cuts(first: int, last: int, side: int, repeated: int) -> list[int]:
     """Borders of parts of at most ``side`` lines of cells, about equal, most of which need whole groups of queries."""
     cuts = [first]
-    while (left := last - cuts[-1]) > side:
-        start, even = max(0, cuts[-1] - repeated), cuts[-1] + left / -(-left // side)
-        groups = min(round((even - start) / LINES), (cuts[-1] + side - start) // LINES)
-        cut = start + groups * LINES
-        cuts.append(cut if cut > cuts[-1] else cuts[-1] + side)
+    for parts in range(-(-(last - first) // side), 1, -1):
+        begin = cuts[-1]
+        start, even = max(0, begin - repeated), begin + (last - begin) / parts
+        cut = start + round((even - start) / LINES) * LINES
+        fits = begin < cut <= begin + side and last - cut <= (parts - 1) * side
+        cuts.append(cut if fits else round(even))
     return [*cuts, last]
 
 
