@@ -12,7 +12,7 @@ from typing import ClassVar, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from inpaint_kernels.models._batch_norm import Convolutional, fold
+from inpaint_kernels.models._batch_norm import Convolutional, fold, normalised
 from inpaint_kernels.models._boxes import Box
 from inpaint_kernels.models._interface import InpaintingModel, InpaintResult, complete, named
 from inpaint_kernels.models._regions import Chain, Part, Plan, Span, Window, pasted
@@ -91,7 +91,8 @@ class GLCIC(InpaintingModel):
         mean_color: RGB in [0, 1], the mean of the training's images: in dialect "iizuka" ``mean`` of the checkpoint, in
             "otenim" ``mpv`` of its ``config.json``.
 
-    In evaluation mode the batch norms are folded into the convolutions where they follow them.
+    In evaluation mode the batch norms are folded into the convolutions where they follow them, and else overwrite their
+    maps.
 
     Example:
         >>> model = GLCIC().eval()
@@ -187,7 +188,7 @@ class _Block:
             y = part.crop(y)
         if norm is None:
             return y
-        y = norm(y)
+        y = normalised(norm, y)
         return y if self.relu_first else F.relu(y, inplace=True)
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from inpaint_kernels.models import deepfill_v1, deepfill_v2, glcic, key_maps, partial_conv_unet
+from inpaint_kernels.models._batch_norm import normalised
 from inpaint_kernels.models._boxes import Box, bounding_box
 from inpaint_kernels.models._interface import InpaintingModel
 from inpaint_kernels.models._regions import Window
@@ -222,6 +223,26 @@ def test_attention_says_where_patches_come_from():
     assert ((rows >= 0) & (rows < 16) & (columns >= 0) & (columns < 16)).all()
     patches = torch.nn.functional.max_pool2d(mask[..., ::8, ::8].float(), 3, 1, 1)[0, 0]
     assert not patches[rows, columns].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_batch_norms_with_fixed_statistics_overwrite_maps_that_nothing_records(dtype):
+    norm = nn.BatchNorm2d(5).to(dtype)
+    norm.train()(torch.randn(4, 5, 6, 7, dtype=dtype) * 3 + 1)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 6, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        trained = normalised(norm, x)  # updates the statistics
+        norm.eval()
+        kept, expected = x.clone(), norm(x)
+        y = normalised(norm, x)
+    assert trained.data_ptr() != x.data_ptr()
+    assert (y.data_ptr() == x.data_ptr()) == (dtype != torch.bfloat16)
+    torch.testing.assert_close(y, expected)
+    recorded = normalised(norm, kept)
+    assert recorded.requires_grad
+    torch.testing.assert_close(recorded, expected)
 
 
 def test_batch_norms_fold_as_often_as_they_change():
