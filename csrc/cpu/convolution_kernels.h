@@ -190,11 +190,22 @@ struct Runs {
   int64_t count, length, stride;
 };
 
-// sums[position][panel] = start[panel] + the products of all runs (with `accumulate`, all that is added), for
-// `positions` x `vectors` in registers: those `offset` inputs and `weight` weights on.
+// Columns of a panel of weights, and how they lie: blocks of so many, `block_size` apart, which are read from one end
+// to the other.
+struct PanelLayout {
+  int64_t columns, block, block_size;
+
+  template <class Products>
+  int64_t offset(int64_t column) const {
+    return column / block * block_size + column % block * Products::kDepth;
+  }
+};
+
+// sums[position][panel.columns] = start[panel.columns] + the products of all runs (with `accumulate`, all that is
+// added), for `positions` x `vectors` in registers: those `offset` inputs and `weight` weights on.
 template <class Products, int positions, int bytes, int vectors, bool accumulate>
 INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& runs, int64_t offset, int64_t weight,
-                                       int64_t panel, const typename Products::Sum* start,
+                                       const PanelLayout& panel, const typename Products::Sum* start,
                                        typename Products::Sum* sums) {
   typedef typename Products::Sum T;
   typedef typename Products::Packed Packed;
@@ -205,11 +216,11 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
   for (int p = 0; p < positions; ++p)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) sum[p][j] = load<V>(start + j * lanes);
-  const int64_t length = runs.length, stride = runs.stride;
+  const int64_t length = runs.length, stride = runs.stride, step = panel.block * depth;
   for (int64_t r = 0; r < runs.count; ++r) {
     const Packed* inputs = runs.runs[r].inputs + offset;
     const Packed* weights = runs.runs[r].weights + weight;
-    for (int64_t k = 0; k < length; k += depth, weights += panel * depth) {
+    for (int64_t k = 0; k < length; k += depth, weights += step) {
       V row[vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) row[j] = load<V>(weights + j * lanes * depth);
@@ -233,7 +244,7 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
   }
   for (int p = 0; p < positions; ++p) {
     for (int j = 0; j < vectors; ++j) {
-      T* to = sums + p * panel + j * lanes;
+      T* to = sums + p * panel.columns + j * lanes;
       store(to, accumulate ? load<V>(to) + sum[p][j] : sum[p][j]);
     }
   }
@@ -243,15 +254,15 @@ INPAINT_INLINE void multiply_registers(const Runs<typename Products::Packed>& ru
 // before the next ones, so that their weights stay in cache.
 template <class Products, int positions, int bytes, int vectors>
 INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, int64_t count, int64_t weight,
-                                   int64_t panel, const typename Products::Sum* start, typename Products::Sum* sums,
-                                   bool accumulate) {
+                                   const PanelLayout& panel, const typename Products::Sum* start,
+                                   typename Products::Sum* sums, bool accumulate) {
   constexpr int columns = vectors * bytes / static_cast<int>(sizeof(*sums));
   // Two vectors for each of 4 positions, or one, would leave out part of what the latency of an addition allows.
   constexpr int together = positions == kPositions || vectors == 3 ? positions : vectors == 2 ? 6 : kPositions;
-  for (int64_t n = 0; n < panel; n += columns) {
-    const int64_t weights = weight + n * Products::kDepth;
+  for (int64_t n = 0; n < panel.columns; n += columns) {
+    const int64_t weights = weight + panel.template offset<Products>(n);
     const auto multiply_positions = [&](auto some, int64_t p) INPAINT_INLINE_LAMBDA {
-      typename Products::Sum* to = sums + p * panel + n;
+      typename Products::Sum* to = sums + p * panel.columns + n;
       if (accumulate)
         multiply_registers<Products, some.value, bytes, vectors, true>(runs, p * runs.stride, weights, panel, start + n,
                                                                        to);
@@ -271,14 +282,15 @@ INPAINT_INLINE void multiply_panel(const Runs<typename Products::Packed>& runs, 
 // The same for an instruction set with vectors of `bytes`; a panel has 48, 32, 16 or 8 columns, `count` is a multiple
 // of kPositions.
 template <class Products, int positions, int bytes>
-INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t count, int64_t weight, int64_t panel,
-                             const typename Products::Sum* start, typename Products::Sum* sums, bool accumulate) {
+INPAINT_INLINE void multiply(const Runs<typename Products::Packed>& runs, int64_t count, int64_t weight,
+                             const PanelLayout& panel, const typename Products::Sum* start,
+                             typename Products::Sum* sums, bool accumulate) {
   constexpr int lanes = bytes / static_cast<int>(sizeof(*sums));
-  if (panel % (3 * lanes) == 0)
+  if (panel.columns % (3 * lanes) == 0)
     multiply_panel<Products, positions, bytes, 3>(runs, count, weight, panel, start, sums, accumulate);
-  else if (panel % (2 * lanes) == 0)
+  else if (panel.columns % (2 * lanes) == 0)
     multiply_panel<Products, positions, bytes, 2>(runs, count, weight, panel, start, sums, accumulate);
-  else if (panel % lanes == 0)
+  else if (panel.columns % lanes == 0)
     multiply_panel<Products, positions, bytes, 1>(runs, count, weight, panel, start, sums, accumulate);
   else
     multiply_panel<Products, positions, bytes / 2, 1>(runs, count, weight, panel, start, sums, accumulate);

@@ -188,10 +188,10 @@ class Direct {
       const Packed* row = worker.rows.row(row_number(t, i), [&](Packed* to) INPAINT_INLINE_LAMBDA {
         pack_row(convolution_, piece.b, source, worker.columns.data(), columns_, to, channels_);
       });
-      const Packed* weights = weights_.weights + i * convolution_.x.kernel * channels_ * panels_.columns();
+      const Packed* weights = weights_.weights + i * convolution_.x.kernel * channels_ * panels_.block();
       for (int64_t j = 0; j < runs_per_row_; ++j)
         for (int64_t k = 0; k < run_length_; k += length)
-          worker.runs.push_back({row + j * across + k, weights + (j * channels_ + k) * panels_.columns()});
+          worker.runs.push_back({row + j * across + k, weights + (j * channels_ + k) * panels_.block()});
     }
   }
 
@@ -204,7 +204,7 @@ class Direct {
     const int64_t together = std::max<int64_t>(inner_together<Products, bytes>(panels_) / length, 1);
     for (int64_t first = 0; first < total; first += together) {
       const Runs<Packed> runs{worker.runs.data() + first, std::min(together, total - first), length, stride};
-      multiply<Products, positions, bytes>(runs, count, panel * weights_.panel_size, columns,
+      multiply<Products, positions, bytes>(runs, count, panel * weights_.panel_size, weights_.layout,
                                            first > 0 ? kNothing<T> : start, worker.sums.get(), first > 0);
     }
   }
@@ -410,9 +410,10 @@ class Winograd {
     for (int64_t product = 0; product < kProducts; ++product) {
       const T* start = product == kBiasProduct ? weights_.start.get() + panel * columns : kNothing<T>;
       for (int64_t k = 0; k < channels_; k += length) {
-        const Run<T> run{inputs + product * plane_ * stride_ + k, weights_.weights + (product * stride_ + k) * columns};
-        multiply<Products, positions, bytes>({&run, 1, length, stride_}, tiles, panel * weights_.panel_size, columns,
-                                             k > 0 ? kNothing<T> : start,
+        const Run<T> run{inputs + product * plane_ * stride_ + k,
+                         weights_.weights + (product * stride_ + k) * panels_.block()};
+        multiply<Products, positions, bytes>({&run, 1, length, stride_}, tiles, panel * weights_.panel_size,
+                                             weights_.layout, k > 0 ? kNothing<T> : start,
                                              worker.products.get() + product * plane_ * columns, k > 0);
       }
     }
@@ -522,10 +523,10 @@ class Gathered {
     const int64_t columns = panels_.columns(), count = round_up(outputs_, kPositions);
     const int64_t length = equal_part(depth_, inner_together<Products, bytes>(panels_), Products::kDepth);
     for (int64_t k = 0; k < depth_; k += length) {
-      const Run<Packed> run{matrix_.get() + k, weights_.weights + k * columns};
-      multiply<Products, positions, bytes>({&run, 1, length, depth_}, count, panel * weights_.panel_size, columns,
-                                           k > 0 ? kNothing<T> : weights_.start.get() + panel * columns,
-                                           worker.sums.get(), k > 0);
+      const Run<Packed> run{matrix_.get() + k, weights_.weights + k * panels_.block()};
+      multiply<Products, positions, bytes>(
+          {&run, 1, length, depth_}, count, panel * weights_.panel_size, weights_.layout,
+          k > 0 ? kNothing<T> : weights_.start.get() + panel * columns, worker.sums.get(), k > 0);
     }
     const int64_t width = convolution_.x.outputs, height = convolution_.y.outputs;
     for (int64_t row = 0; row < convolution_.batch * height; ++row)

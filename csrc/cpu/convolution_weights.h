@@ -81,10 +81,15 @@ class Panels {
       columns_ = kind.columns;
       width_ = width;
     }
+    block_ = !is_wide && columns_ == 48 ? 24 : columns_;
   }
 
   int64_t count() const { return ceil_div(outputs_, width_); }
   int64_t columns() const { return columns_; }
+  int64_t block() const { return block_; }
+
+  // For so many inner indices.
+  PanelLayout layout(int64_t inner) const { return {columns_, block_, inner * block_}; }
 
   PanelChannels channels(int64_t panel) const {
     return {panel * width_, std::min(width_, outputs_ - panel * width_), columns_, width_};
@@ -100,12 +105,12 @@ class Panels {
 
  private:
   bool gated_, gate_first_;
-  int64_t outputs_, columns_ = 0, width_ = 0;
+  int64_t outputs_, columns_ = 0, width_ = 0, block_;
 };
 
-// What a convolution reads of its packed weights: weights [panel][inner / kDepth][column][kDepth], inner index product
-// * stride + channel; bias [panel][column]; start [panel][column], what the sums begin with: the bias, or 0 where it is
-// added after they are scaled.
+// What a convolution reads of its packed weights: weights [panel][block][inner / kDepth][column of block][kDepth],
+// inner index product * stride + channel; bias [panel][column]; start [panel][column], what the sums begin with: the
+// bias, or 0 where it is added after they are scaled.
 template <class Products>
 struct PanelWeights {
   template <class Element>
@@ -113,7 +118,8 @@ struct PanelWeights {
       : weights(static_cast<const typename Products::Packed*>(convolution.weight.packed)),
         bias(panels.count() * panels.columns()),
         start(panels.count() * panels.columns()),
-        panel_size(inner * panels.columns()) {
+        panel_size(inner * panels.columns()),
+        layout(panels.layout(inner)) {
     typedef typename Products::Sum T;
     const bool scaled = convolution.epilogue.scale.data != nullptr;
     for (int64_t i = 0; i < panels.count() * panels.columns(); ++i) {
@@ -126,6 +132,7 @@ struct PanelWeights {
   const typename Products::Packed* weights;
   Buffer<typename Products::Sum> bias, start;
   int64_t panel_size;
+  PanelLayout layout;
 };
 
 // The taps of kChunk channels in kChunk columns, lines[channel * taps + tap][column]; those of one column are
@@ -173,6 +180,7 @@ void pack_panels(const Weight<Element>& weight, const Transform& transform, type
   const int64_t products = shape.products, stride = shape.stride;
   const int64_t channels = weight.channels, columns = panels.columns(), taps = weight.taps();
   const int64_t size = products * stride * columns, blocks = ceil_div(channels, kPackedChannels);
+  const PanelLayout layout = panels.layout(products * stride);
   if (stride != channels) std::fill_n(packed, panels.count() * size, Packed{});
   run_tasks(panels.count() * blocks, products * kPackedChannels * columns, [&](int64_t, int64_t task) {
     const int64_t panel = task / blocks, first = task % blocks * kPackedChannels;
@@ -190,7 +198,8 @@ void pack_panels(const Weight<Element>& weight, const Transform& transform, type
           transform(lines.get() + (c - begin) * taps * kChunk, values.get());
           for (int64_t i = 0; i < products; ++i) {
             const int64_t inner = i * stride + c;
-            Packed* target = to + (inner / depth * columns + column) * depth + inner % depth;
+            Packed* target =
+                to + layout.template offset<Products>(column) + inner / depth * layout.block * depth + inner % depth;
             if constexpr (depth == 1) {
               store_chunk<T>(target, load_chunk<T>(values.get() + i * kChunk));
             } else {
