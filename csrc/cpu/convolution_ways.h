@@ -30,9 +30,9 @@ constexpr int64_t kTileBytes = 384 << 10;    // Winograd's transformed inputs
 // With vectors of 32 bytes a product needs twice the loads, which only the first-level cache delivers in time.
 constexpr int64_t kNarrowWeightBytes = 16 << 10;
 constexpr int64_t kMostTiles = 64;
-// A weight for which tiles are kept: a core with wide vectors multiplies faster than the last cache delivers it. Narrow
-// ones lose by it below that: 256 to 256 channels (4 MB) of 172 x 172 take 154 ms without, 244 with it, 512 to 512 (16
-// MB) 35, 24.
+// A weight for which tiles are kept: a core with wide vectors multiplies faster than the last cache delivers it. Others
+// lose by it below 12 MB: 256 to 256 channels (4 MB) of 172 x 172 pixels take 244 ms with it and 154 without, 512 to
+// 512 (16 MB) of 32 x 32 pixels 24 and 35.
 constexpr int64_t kLargeWeightBytes = 3 << 20, kLargeWeightBytesOfNarrow = 12 << 20;
 constexpr int64_t kKeptBytes = 16 << 20;  // of these tiles
 constexpr int64_t kBands = 8;             // pieces of the height, for threads to share

@@ -31,7 +31,7 @@ inline bool has_wide_vectors() {
 // Whether this CPU has AVX512_BF16.
 inline bool has_pair_products() {
 #ifdef INPAINT_X86_VERSIONS
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("x86-64-v4");
+  return __builtin_cpu_supports("avx512bf16") && has_wide_vectors();
 #else
   return false;
 #endif
