@@ -61,11 +61,16 @@ def cases() -> list[GpuPhotoCase | GpuTrainingCase | TrainerCase]:
     photos = [
         GpuPhotoCase(name, SIDE, HOLE, peers, "cuda", precision) for name in MODELS for precision in (FLOAT32, BFLOAT16)
     ]
+    pairs, precisions = available_pairs(peers), (TF32, FLOAT32)
     steps = [
         GpuTrainingCase(name, 256, 16, peers, "cuda", precision)
         for name in SYSTEMS
-        if peers is not None and name in available_pairs(peers)
-        for precision in (TF32, FLOAT32)
+        if peers is not None and name in pairs
+        for precision in precisions
     ]
-    trainers = [TrainerCase(256, 16, peers, precision=precision) for precision in (TF32, FLOAT32) if steps and peers]
+    trainers = [
+        TrainerCase(256, 16, peers, "cuda", precision)
+        for precision in precisions
+        if peers is not None and SYSTEMS[0] in pairs
+    ]
     return [*trainers[:1], *steps[:1], *photos, *steps[1:], *trainers[1:]]

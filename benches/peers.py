@@ -201,6 +201,13 @@ def as_written_for(x: Tensor) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def make_constants_on(device: str, network: nn.Module) -> None:
+    """Tells daa233's modules where to make their constants, as its configuration does."""
+    for module in network.modules():
+        if "use_cuda" in vars(module):
+            vars(module)["use_cuda"] = device != "cpu"
+
+
 def _adapt(layer: nn.Module, call: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Attention:
     def attention(f: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         layer.to(device=f.device, dtype=f.dtype)

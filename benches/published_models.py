@@ -21,6 +21,7 @@ from inpaint_kernels.models.partial_conv_unet import PartialConvUNet
 from torch import Tensor, nn
 
 from benches.peer_models import PEER_MODELS, Inputs, PeerModel, available_models, tensors_in
+from benches.peers import make_constants_on
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -64,9 +65,7 @@ class PublishedModel:
             network = _Guided(network, _peer(self.second_name).load(folder))
         self.adapt(network)
         network.eval()  # naoto0804's returns nothing
-        for module in network.modules():
-            if "use_cuda" in vars(module):  # daa233's make their constants where that says
-                vars(module)["use_cuda"] = device != "cpu"
+        make_constants_on(device, network)
         return network.to(device)
 
     def load_ours(self, network: nn.Module) -> InpaintingModel:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benches.harness import FLOAT32, Outputs, Provider, products_in
 from benches.peer_models import unit_image
-from benches.peers import as_written_for, find_checkout, import_module
-from benches.published_race import OURS, PUBLISHED
+from benches.peers import as_written_for, find_checkout, make_constants_on
+from benches.published_race import OURS, PUBLISHED, PublishedRace
+from benches.published_trainer import REPOSITORY, PublishedTrainer
 
-REPOSITORY: Final = "daa233/generative-inpainting-pytorch"
 CYCLE: Final = 5
 """Steps of the critics for one of the generator."""
 TOLERANCE: Final = 5e-2
@@ -29,7 +29,7 @@ TOLERANCE: Final = 5e-2
 
 
 @dataclass(frozen=True)
-class TrainerCase:
+class TrainerCase(PublishedRace):
     """One race: steps of the whole trainer on one batch; times are those of a step in the mean over a cycle.
 
     Attributes:
@@ -48,10 +48,6 @@ class TrainerCase:
 
     def __str__(self) -> str:
         return f"deepfill_v1-daa233-trainer-{self.size}-batch{self.batch}-{self.precision}"
-
-    @property
-    def baseline(self) -> str | None:
-        return PUBLISHED
 
     @property
     def tolerances(self) -> tuple[float, ...]:
@@ -73,16 +69,13 @@ class TrainerCase:
         inset = self.size // 16
         return Box(top + inset, left + inset, bottom - inset, right - inset)
 
+    def runner(self, name: str) -> Callable[[], Outputs]:
+        """Makes a cycle of steps with every call; returns the losses of the first."""
+        return _FirstCycle(self, functools.partial(_our_steps if name == OURS else _published_steps, self))
+
     def provider(self, name: str) -> Provider:
-        start = _our_steps if name == OURS else _published_steps
-        run = _FirstCycle(self, functools.partial(start, self))
-        return Provider(
-            name,
-            run=run,
-            expected=functools.partial(_expected, self),
-            scale=1 / CYCLE,
-            device=self.device,
-        )
+        expected = functools.partial(_expected, self)
+        return Provider(name, self.runner(name), expected, scale=1 / CYCLE, device=self.device)
 
     def facts(self) -> Mapping[str, Any]:
         return {
@@ -127,7 +120,7 @@ class _FirstCycle:
 @functools.lru_cache(maxsize=1)
 def _expected(case: TrainerCase) -> Outputs:
     """The published trainer's own first cycle."""
-    return _FirstCycle(case, functools.partial(_published_steps, case))()
+    return case.runner(PUBLISHED)()
 
 
 def _batch(case: TrainerCase) -> Batch:
@@ -152,43 +145,17 @@ def _our_steps(case: TrainerCase) -> Step:
 
 
 def _published_steps(case: TrainerCase) -> Step:
-    """Its train.py's step, but that both losses' gradients are taken before an optimiser steps, as torch demands."""
     root = find_checkout(REPOSITORY, case.folder)
     assert root is not None  # or the case would not be there
     system, batch = _system(case), _batch(case)
     side = case.window.size[0]
-    module = import_module(root, "trainer", stand_ins=("torchvision", "yaml"))
-    trainer = module.Trainer(
-        {
-            "cuda": False,
-            "gpu_ids": [],
-            "lr": 1e-4,
-            "beta1": 0.5,
-            "beta2": 0.9,
-            "netG": {"input_dim": 3, "ngf": 32},
-            "netD": {"input_dim": 3, "ndf": 64},
-            "global_wgan_loss_alpha": 1.0,
-            "coarse_l1_alpha": 1.2,
-            "spatial_discounting_gamma": 0.9,
-            "discounted_mask": True,
-            "mask_shape": [side, side],
-        }
-    )
-    # Their last layers are as large as images of 256 need.
-    trainer.globalD.linear = torch.nn.Linear(256 * (case.size // 16) ** 2, 1)
-    trainer.localD.linear = torch.nn.Linear(256 * (side // 16) ** 2, 1)
-    trainer.to(case.device)
-    networks = {"generator": trainer.netG, "local_critic": trainer.localD, "global_critic": trainer.globalD}
-    for own, network in networks.items():
+    published = PublishedTrainer(root, case.size, side)
+    trainer = published.trainer.to(case.device)
+    for own, network in published.networks.items():
         state = system.networks[own].state_dict()
         network.load_state_dict({key: state[key] for key in network.state_dict()})
-    for part in trainer.modules():
-        if "use_cuda" in vars(part):  # they make their constants where that says
-            vars(part)["use_cuda"] = case.device != "cpu"
+    make_constants_on(case.device, trainer)
     trainer.config["cuda"] = case.device != "cpu"
-    critics = [*trainer.localD.parameters(), *trainer.globalD.parameters()]
-    trainer.optimizer_g = torch.optim.Adam(trainer.netG.parameters(), lr=1e-4, betas=(0.5, 0.9))
-    trainer.optimizer_d = torch.optim.Adam(critics, lr=1e-4, betas=(0.5, 0.9))
 
     truth = 2 * batch.image - 1
     masks = batch.mask.to(truth.dtype).expand(case.batch, -1, -1, -1).contiguous()
@@ -200,17 +167,8 @@ def _published_steps(case: TrainerCase) -> Step:
         positions = [torch.rand(case.batch, 1, 1, 1, **like_ours).to(truth) for _ in range(2)]
         drawn = mock.patch.object(torch, "rand", lambda *_, positions=positions: positions.pop(0))
         with as_written_for(truth) if case.device == "cpu" else nullcontext(), drawn:
-            losses, _, _ = trainer(known, corners, masks, truth, generator_too)
-        for optimizer in (trainer.optimizer_d, *([trainer.optimizer_g] if generator_too else [])):
-            optimizer.zero_grad()
-        descended = [losses["wgan_d"] + 10 * losses["wgan_gp"]]
-        descended[0].backward(inputs=critics)
-        if generator_too:
-            descended.append(1.2 * losses["l1"] + 1.2 * losses["ae"] + 0.001 * losses["wgan_g"])
-            descended[1].backward(inputs=list(trainer.netG.parameters()))
-        trainer.optimizer_d.step()
-        if generator_too:
-            trainer.optimizer_g.step()
-        return [loss.detach() for loss in descended]
+            losses = published.losses(known, corners, masks, truth, generator_too)
+        published.step(losses)
+        return [losses[name].detach() for name in ("d", "g") if name in losses]
 
     return step

@@ -40,6 +40,7 @@ from benches.peer_models import (
     smooth_image,
 )
 from benches.peers import CSA_REPOSITORY, csa_as_written_for, find_checkout, import_file, import_module
+from benches.published_trainer import REPOSITORY, PublishedTrainer
 from inpaint_kernels import accelerate, accelerated
 
 TOLERANCE = 1e-4
@@ -208,44 +209,17 @@ def _checkout(repository: str, folder: Path) -> Path:
 
 def _train_daa233(folder: Path, prepare: Networks, critics: bool = False) -> Losses:
     """Its trainer, which updates generator and critics in every step, on images of 64."""
-    checkout = _checkout("daa233/generative-inpainting-pytorch", folder)
-    module = import_module(checkout, "trainer", stand_ins=("torchvision", "yaml"))
     size, hole = 64, 32
-    config: dict[str, Any] = {
-        "cuda": False,
-        "gpu_ids": [],
-        "lr": 1e-4,
-        "beta1": 0.5,
-        "beta2": 0.9,
-        "netG": {"input_dim": 3, "ngf": 32},
-        "netD": {"input_dim": 3, "ndf": 64},
-        "global_wgan_loss_alpha": 1.0,
-        "coarse_l1_alpha": 1.2,
-        "spatial_discounting_gamma": 0.9,
-        "discounted_mask": True,
-        "mask_shape": [hole, hole],
-    }
-    trainer = module.Trainer(config)
-    # Their last layers are as large as images of 256 need.
-    trainer.globalD.linear = nn.Linear(256 * (size // 16) ** 2, 1)
-    trainer.localD.linear = nn.Linear(256 * (hole // 16) ** 2, 1)
-    parameters = [*trainer.localD.parameters(), *trainer.globalD.parameters()]
-    trainer.optimizer_d = torch.optim.Adam(parameters, lr=config["lr"], betas=(config["beta1"], config["beta2"]))
+    published = PublishedTrainer(_checkout(REPOSITORY, folder), size, hole)
+    trainer = published.trainer
     prepare(trainer if critics else trainer.netG)
     places, result = np.random.default_rng(0), []
     for image, _ in _batches(size, 2, 1):
         top, left = places.integers(0, size - hole, 2).tolist()
         boxes, mask = torch.tensor([[top, left, hole, hole]] * 2), torch.zeros(2, 1, size, size)
         mask[:, :, top + 4 : top + hole - 4, left + 4 : left + hole - 4] = 1
-        losses, _, _ = trainer(image * (1 - mask), boxes, mask, image, True)
-        trainer.optimizer_d.zero_grad()
-        losses["d"] = losses["wgan_d"] + losses["wgan_gp"] * 10
-        losses["d"].backward(inputs=parameters)  # of the same pass as the generator's: newer torch checks versions
-        trainer.optimizer_g.zero_grad()
-        losses["g"] = losses["l1"] * 1.2 + losses["ae"] * 1.2 + losses["wgan_g"] * 0.001
-        losses["g"].backward(inputs=list(trainer.netG.parameters()))
-        trainer.optimizer_d.step()
-        trainer.optimizer_g.step()
+        losses = published.losses(image * (1 - mask), boxes, mask, image)
+        published.step(losses)
         result.append({name: loss.item() for name, loss in losses.items()})
     return result
 

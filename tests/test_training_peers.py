@@ -42,6 +42,7 @@ from benches.peers import (
     import_file,
     import_module,
 )
+from benches.published_trainer import REPOSITORY, PublishedTrainer
 
 TOLERANCE = 1e-5
 DTYPE = torch.float64
@@ -161,35 +162,13 @@ class Errors(SimpleNamespace):
 @pytest.mark.parametrize("weight", [1.2, 2.0])
 def test_deepfill_v1_is_daa233s(folder, weight):
     """Its train.py's step, but that both losses' gradients are taken before the optimisers step, as torch demands."""
-    root = checkout("daa233/generative-inpainting-pytorch", folder)
-    module = import_module(root, "trainer", stand_ins=("torchvision", "yaml"))
     box = WINDOWS[0].size[0]
-    config: dict[str, Any] = {
-        "cuda": False,
-        "gpu_ids": [],
-        "lr": 1e-4,
-        "beta1": 0.5,
-        "beta2": 0.9,
-        "netG": {"input_dim": 3, "ngf": 32},
-        "netD": {"input_dim": 3, "ndf": 64},
-        "global_wgan_loss_alpha": 1.0,
-        "coarse_l1_alpha": weight,
-        "spatial_discounting_gamma": 0.9,
-        "discounted_mask": True,
-        "mask_shape": [box, box],
-    }
-    trainer = module.Trainer(config)
-    # Their last layers are as large as images of 256 need.
-    trainer.globalD.linear = nn.Linear(256 * (SIZE // 16) ** 2, 1)
-    trainer.localD.linear = nn.Linear(256 * (box // 16) ** 2, 1)
-    critics = [*trainer.localD.parameters(), *trainer.globalD.parameters()]
-    trainer.optimizer_d = torch.optim.Adam(critics, lr=1e-4, betas=(0.5, 0.9))
+    trainer = PublishedTrainer(checkout(REPOSITORY, folder), SIZE, box, weight)
     settings = ours.DeepFillV1Settings(
         coarse_l1_weight=weight, l1_weight=weight, known_l1_weight=weight, generator_every=1
     )
     system = ours.DeepFillV1Training(DeepFillV1("daa233"), settings, image_size=SIZE, box_size=box)
-    networks = {"generator": trainer.netG, "local_critic": trainer.localD, "global_critic": trainer.globalD}
-    comparison = Comparison(f"daa233, L1 weights {weight}", system, networks)
+    comparison = Comparison(f"daa233, L1 weights {weight}", system, trainer.networks)
 
     for _ in range(2):
         batch = batch_of()
@@ -200,23 +179,16 @@ def test_deepfill_v1_is_daa233s(folder, weight):
         corners = torch.tensor([(b.top, b.left, *b.size) for b in WINDOWS] * 2)
         positions = [torch.rand(2, 1, 1, 1, generator=random, dtype=DTYPE) for _ in range(2)]
         with mock.patch.object(torch, "rand", lambda *_, positions=positions: positions.pop(0)):
-            published, _, _ = trainer(truth * (1 - masks), corners, masks, truth, True)
-        trainer.optimizer_d.zero_grad()
-        critic_loss = published["wgan_d"] + 10 * published["wgan_gp"]
-        critic_loss.backward(inputs=critics)
-        trainer.optimizer_g.zero_grad()
-        loss = weight * published["l1"] + weight * published["ae"] + 0.001 * published["wgan_g"]
-        loss.backward(inputs=list(trainer.netG.parameters()))
-        trainer.optimizer_d.step()
-        trainer.optimizer_g.step()
-        assert losses["generator"] == pytest.approx(loss.item(), rel=1e-7)  # its discount is of float32
-        assert losses["discriminator"] == pytest.approx(critic_loss.item(), rel=1e-7)
-        comparison.check(*networks)
+            published = trainer.losses(truth * (1 - masks), corners, masks, truth)
+        trainer.step(published)
+        assert losses["generator"] == pytest.approx(published["g"].item(), rel=1e-7)  # its discount is of float32
+        assert losses["discriminator"] == pytest.approx(published["d"].item(), rel=1e-7)
+        comparison.check(*trainer.networks)
 
 
 def test_the_race_of_trainers_is_between_equals(folder):
     """What benches/trainer_case.py times on a GPU: losses of the first cycle, in float32."""
-    checkout(trainer_case.REPOSITORY, folder)
+    checkout(REPOSITORY, folder)
     torch.set_default_dtype(torch.float32)
     case = trainer_case.TrainerCase(64, 2, folder, device="cpu")
     published, ours = (case.provider(name).run() for name in case.provider_names)
