@@ -141,7 +141,7 @@ class WrappingScore<T, 0, kHalf> {
   __device__ T operator()(const AttentionTile& tile, const Pairs<T>& correlations, const T* inverse_norm,
                           const GridPosition& p, const GridPosition& q, const PlainSteps&, bool) const {
     T sum = 0;
-    for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term, int, int) {
+    for_each_fused_pair(tile, p, q, [&](const GridPosition& p_term, const GridPosition& q_term) {
       sum += inverse_norm[q_term.y * tile.key_width + q_term.x] *
              patch_score<T>(tile, p_term, q_term, -tile.before(), tile.after(), correlations);
     });

@@ -144,8 +144,8 @@ struct KeyCursor {
   }
 };
 
-// Calls visit(p', q', e, d) for every pair whose patch score the fused score of (p, q) sums: `e` steps along columns,
-// then `d` along rows, both running on past line ends.
+// Calls visit(p', q') for every pair whose patch score the fused score of (p, q) sums: steps along columns, then along
+// rows, both running on past line ends.
 template <class Visit>
 __device__ void for_each_fused_pair(const AttentionTile& tile, const GridPosition& p, const GridPosition& q,
                                     const Visit& visit) {
@@ -157,7 +157,7 @@ __device__ void for_each_fused_pair(const AttentionTile& tile, const GridPositio
     for (int d = -half; d <= half; ++d) {
       GridPosition p_row = p_column, q_row = q_column;
       const bool row_exists = p_row.step_right(d, tile.query_height, tile.query_width);
-      if (q_row.step_right(d, tile.key_height, tile.key_width) && row_exists) visit(p_row, q_row, e, d);
+      if (q_row.step_right(d, tile.key_height, tile.key_width) && row_exists) visit(p_row, q_row);
     }
   }
 }
