@@ -1,8 +1,8 @@
 // hog on the CPU: one pass from pixels to the cells' histograms, one from these to normalised blocks and the picture.
 //
 // Traffic of 2000 x 2000 gray bytes with 9 bins and blocks of 3 x 3 cells: 4 MB read, 20 MB written (every cell stands
-// in nine blocks), 2 MB of histograms written and read again. Operations: per pixel of bytes about 3 lanes of 32 bits
-// for its bin and magnitude (8 of other types) and 3 per bin for its histogram.
+// in nine blocks), 2 MB of histograms written and read again. Instructions of 32 bytes, 9 bins, per pixel of bytes: 3
+// for its bin and magnitude, 4 for its histogram, 2 to choose between two channels.
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -30,17 +30,13 @@ struct Job {
 
 // ---- Rows of pixels ----------------------------------------------------------------------------------------------
 
-// An element as arithmetic A reads it. Integers with a sign are shifted: only their differences count.
+// An element as arithmetic A reads it.
 template <class A, class Element>
-INPAINT_INLINE typename A::Row row_value(Element element, bool transform_sqrt) {
-  typedef typename A::Row Row;
-  if constexpr (std::is_integral_v<Row> && std::is_signed_v<Element>) {
-    return static_cast<Row>(static_cast<Row>(element) ^ (Row(1) << (8 * sizeof(Row) - 1)));
-  } else {
-    const Row value = static_cast<Row>(element);
-    if constexpr (std::is_floating_point_v<Row>) return transform_sqrt ? std::sqrt(value) : value;
-    return value;
-  }
+INPAINT_INLINE typename A::Pixel pixel_of(Element element, bool transform_sqrt) {
+  typedef typename A::Pixel Pixel;
+  const Pixel value = static_cast<Pixel>(element);
+  if constexpr (std::is_floating_point_v<Pixel>) return transform_sqrt ? std::sqrt(value) : value;
+  return value;
 }
 
 // Piece of an image row: pixel x of channel c is from[c * channel_stride + x * column_stride], and goes to
@@ -51,17 +47,17 @@ struct Piece {
 };
 
 template <class A, class Element>
-INPAINT_INLINE void copy_pixels_body(typename A::Row* __restrict to, const Element* __restrict from,
+INPAINT_INLINE void copy_pixels_body(typename A::Pixel* __restrict to, const Element* __restrict from,
                                      const Piece& piece) {
   const int64_t count = piece.count, stride = piece.column_stride;
   const bool root = piece.transform_sqrt;
   if constexpr (!std::is_same_v<Element, HalfBits> && !std::is_same_v<Element, BFloatBits>) {
     if (piece.channels == 3 && piece.channel_stride == 1 && stride == 3) {  // interleaved colours
-      typename A::Row* __restrict second = to + piece.to_stride, * __restrict third = second + piece.to_stride;
+      typename A::Pixel* __restrict second = to + piece.to_stride, * __restrict third = second + piece.to_stride;
       for (int64_t i = 0; i < count; ++i) {
-        to[i] = row_value<A>(from[3 * i], root);
-        second[i] = row_value<A>(from[3 * i + 1], root);
-        third[i] = row_value<A>(from[3 * i + 2], root);
+        to[i] = pixel_of<A>(from[3 * i], root);
+        second[i] = pixel_of<A>(from[3 * i + 1], root);
+        third[i] = pixel_of<A>(from[3 * i + 2], root);
       }
       return;
     }
@@ -73,16 +69,16 @@ INPAINT_INLINE void copy_pixels_body(typename A::Row* __restrict to, const Eleme
       for (; i < count; ++i) to[i] = load_one<float>(from + i * stride);
       for (i = 0; root && i < count; ++i) to[i] = std::sqrt(to[i]);
     } else if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i], root);
+      for (int64_t i = 0; i < count; ++i) to[i] = pixel_of<A>(from[i], root);
     } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = row_value<A>(from[i * stride], root);
+      for (int64_t i = 0; i < count; ++i) to[i] = pixel_of<A>(from[i * stride], root);
     }
   }
 }
 
-#define INPAINT_HOG_COPY(A, Element)                                                     \
-  INPAINT_CLONES void copy_pixels(A::Row* to, const Element* from, const Piece& piece) { \
-    copy_pixels_body<A>(to, from, piece);                                                \
+#define INPAINT_HOG_COPY(A, Element)                                                       \
+  INPAINT_CLONES void copy_pixels(A::Pixel* to, const Element* from, const Piece& piece) { \
+    copy_pixels_body<A>(to, from, piece);                                                  \
   }
 INPAINT_HOG_COPY(EightBit, uint8_t)
 INPAINT_HOG_COPY(EightBit, int8_t)
@@ -101,19 +97,19 @@ INPAINT_HOG_COPY(Wide, int64_t)
 INPAINT_HOG_COPY(Wide, uint64_t)
 INPAINT_HOG_COPY(Wide, double)
 
-// The image as one arithmetic reads it: in place, or through `copy`.
+// The image, and how one arithmetic reads it.
 template <class A>
 struct Source {
   const char* image;
   int64_t element_size;
-  void (*copy)(typename A::Row* to, const void* from, const Piece& piece);
+  void (*copy)(typename A::Pixel* to, const void* from, const Piece& piece);
 
   template <class Element>
-  static Source of(const Element* image, bool in_place) {
-    const auto copy = [](typename A::Row* to, const void* from, const Piece& piece) {
+  static Source of(const Element* image) {
+    const auto copy = [](typename A::Pixel* to, const void* from, const Piece& piece) {
       copy_pixels(to, static_cast<const Element*>(from), piece);
     };
-    return {reinterpret_cast<const char*>(image), sizeof(Element), in_place ? nullptr : +copy};
+    return {reinterpret_cast<const char*>(image), sizeof(Element), copy};
   }
   const char* at(int64_t offset) const { return image + offset * element_size; }
 };
@@ -124,93 +120,88 @@ struct Source {
 template <class A>
 struct Scratch {
   typedef typename A::T T;
-  typedef typename A::Row Row;
-  typedef typename A::Difference Difference;
-  typedef typename A::Bin Bin;
-  static constexpr int64_t kArrays = 4;  // of a row: two gradients
+  typedef typename A::Pixel Pixel;
 
   int64_t cells_together, stride;  // stride: padded pixels of a row
   int64_t row_stride;              // of copied rows, which have a pixel more on either side
   Buffer<T> magnitude;
-  Buffer<Difference> gradients;
-  Buffer<Bin> bins, verdict;
-  Buffer<Row> rows;
+  Buffer<LaneInt<T>> bins;
+  Buffer<typename A::Verdict> verdict;
+  Buffer<Pixel> down, right, nothing, rows;  // `nothing`: zeros
 
-  Scratch(const Job& job, bool in_place)
+  explicit Scratch(const Job& job)
       : cells_together(std::clamp<int64_t>(kPixelsTogether / (job.cell_rows * job.cell_columns), 1, job.cells_across)),
-        stride(round_up(cells_together * job.cell_columns, kPack<Difference>) + kPack<Difference>),
+        stride(round_up(cells_together * job.cell_columns, kPack<Pixel>) + kPack<Pixel>),
         row_stride(round_up(stride + 2, kAlignment)),
         magnitude(job.cell_rows * stride),
-        gradients(kArrays * stride),
         bins(job.cell_rows * stride),
         verdict(stride),
-        rows(in_place ? 0 : (job.cell_rows + 2) * job.channels * row_stride) {}
+        down(stride),
+        right(stride),
+        nothing(job.channels * row_stride, true),
+        rows((job.cell_rows + 2) * job.channels * row_stride, true) {}
 };
 
-// Writes the votes of pixels [left, left + count) of image row y, which starts at `row`.
+// Pixels [left, left + count) of rows [top, bottom), and those around them that the image has.
+struct Region {
+  int64_t top, bottom, left, count;
+};
+
+// Copies the region's rows: pixel x of row y in channel c goes to
+// start[((y - top) * channels + c) * row_stride + x - left].
 template <class A>
-INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, Scratch<A>& scratch, const typename A::Row* row,
-                         int64_t channel_step, int64_t row_step, int64_t y, int64_t left, int64_t count,
-                         typename A::T* __restrict magnitude, typename A::Bin* bins) {
-  typedef typename A::Difference Difference;
-  Difference* arrays = scratch.gradients.get();
-  const int64_t stride = scratch.stride;
-  const GradientRow<A> best{arrays, arrays + stride}, other{arrays + 2 * stride, arrays + 3 * stride};
-  const bool inside = y > 0 && y + 1 < job.height;
-  // At the image's left and right border there is no difference.
-  const int64_t begin = left == 0, end = left + count == job.width ? count - 1 : count;
-  row += left;
-  for (int64_t channel = 0; channel < job.channels; ++channel, row += channel_step) {
-    const GradientRow<A>& now = channel == 0 ? best : other;
-    // The next piece of the row below, where this one ends: too few lines for the processor to foresee them.
-    if (inside)
-      for (int64_t x = count; x < 2 * count; x += 64 / sizeof(*row)) __builtin_prefetch(row + row_step + x);
-    if (inside)
-      subtract(now.down, row + row_step, row - row_step, count);
-    else
-      std::fill(now.down, now.down + count, Difference(0));
-    now.right[0] = now.right[count - 1] = 0;
-    if (begin < end) subtract(now.right + begin, row + begin + 1, row + begin - 1, end - begin);
-    if (channel > 0) keep_longer(best, other, count, scratch.verdict.get());
-  }
-  find_bins(borders, best.down, best.right, count, bins);
-  const Difference* __restrict down = best.down, * __restrict right = best.right;
-  for (int64_t i = 0; i < count; ++i) magnitude[i] = std::sqrt(squared_length(down[i], right[i]));
+INPAINT_INLINE void copy_rows(const Job& job, const Scratch<A>& scratch, const Source<A>& source, const Region& region,
+                              typename A::Pixel* start) {
+  const int64_t begin = std::max<int64_t>(region.left - 1, 0);
+  const int64_t end = std::min(region.left + region.count + 1, job.width);
+  const Piece piece{job.channels,       job.channel_stride, job.column_stride,
+                    scratch.row_stride, end - begin,        job.transform_sqrt};
+  const int64_t last = std::min(region.bottom + 1, job.height);
+  for (int64_t y = std::max<int64_t>(region.top - 1, 0); y < last; ++y)
+    source.copy(start + (y - region.top) * job.channels * scratch.row_stride + begin - region.left,
+                source.at(y * job.row_stride + begin * job.column_stride), piece);
+}
+
+// Writes the votes of a piece of the image row `y`, which is copied to `row`.
+template <class A>
+INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, const Scratch<A>& scratch,
+                         const typename A::Pixel* row, int64_t y, const Region& region, typename A::T* magnitude,
+                         LaneInt<typename A::T>* bins) {
+  typedef typename A::Pixel Pixel;
+  const int64_t row_step = job.channels * scratch.row_stride, count = region.count;
+  const bool inside = y > 0 && y + 1 < job.height;  // at the image's border there is no difference
+  const Pixel* const nothing = scratch.nothing.get();
+  const Neighbours<A> from{row, inside ? row - row_step : nothing, inside ? row + row_step : nothing, job.channels,
+                           scratch.row_stride};
+  const GradientRow<A> gradients{scratch.down.get(), scratch.right.get()};
+  find_gradients(from, count, scratch.verdict.get(), gradients);
+  if (region.left == 0) choose_gradient(from, 0, false, gradients);
+  if (region.left + count == job.width) choose_gradient(from, count - 1, false, gradients);
+  find_votes(borders, gradients.down, gradients.right, count, scratch.verdict.get(), bins, magnitude);
 }
 
 // Histograms and energies of row `row` of cells of one image.
 template <class A>
-INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, Scratch<A>& scratch,
+INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, const Scratch<A>& scratch,
                                     const Source<A>& source, int64_t row, BlockNorm norm, typename A::T* histograms,
                                     typename A::T* energy) {
   typedef typename A::T T;
-  typedef typename A::Row Row;
-  const int64_t top = row * job.cell_rows;
-  const Votes<A> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
+  const int64_t row_step = job.channels * scratch.row_stride;
+  const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
+  typename A::Pixel* const start = scratch.rows.get() + row_step + 1;
   for (int64_t first = 0; first < job.cells_across; first += scratch.cells_together) {
     const int64_t cells = std::min(scratch.cells_together, job.cells_across - first);
-    const int64_t left = first * job.cell_columns, count = cells * job.cell_columns;
-    // Pixel x of row y in a channel is start[channel * channel_step + y * row_step + x].
-    const Row* start = reinterpret_cast<const Row*>(source.image);
-    int64_t channel_step = job.channel_stride, row_step = job.row_stride;
-    if (source.copy) {
-      const int64_t begin = std::max<int64_t>(left - 1, 0), end = std::min(left + count + 1, job.width);
-      channel_step = scratch.row_stride, row_step = job.channels * channel_step;
-      start = scratch.rows.get() + (1 - top) * row_step + 1 - left;
-      const Piece piece{job.channels, job.channel_stride, job.column_stride,
-                        channel_step, end - begin,        job.transform_sqrt};
-      for (int64_t y = std::max<int64_t>(top - 1, 0); y < std::min(top + job.cell_rows + 1, job.height); ++y)
-        source.copy(const_cast<Row*>(start) + y * row_step + begin,
-                    source.at(y * job.row_stride + begin * job.column_stride), piece);
-    }
+    const Region region{row * job.cell_rows, (row + 1) * job.cell_rows, first * job.cell_columns,
+                        cells * job.cell_columns};
+    copy_rows(job, scratch, source, region, start);
     for (int64_t y = 0; y < job.cell_rows; ++y)
-      vote<A>(job, borders, scratch, start + (top + y) * row_step, channel_step, row_step, top + y, left, count,
-              votes.magnitude + y * votes.stride, votes.bin + y * votes.stride);
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      T* histogram = histograms + (first + cell) * job.orientations;
-      fill_histogram(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations, histogram);
-      if (energy) energy[first + cell] = energy_of(histogram, job.orientations, norm);
-    }
+      vote<A>(job, borders, scratch, start + y * row_step, region.top + y, region, votes.magnitude + y * votes.stride,
+              votes.bin + y * votes.stride);
+    for (int64_t cell = 0; cell < cells; ++cell)
+      fill_histogram(votes, cell * job.cell_columns, job.cell_rows, job.cell_columns, job.orientations,
+                     histograms + (first + cell) * job.orientations);
+    for (int64_t cell = first; energy && cell < first + cells; ++cell)
+      energy[cell] = energy_of(histograms + cell * job.orientations, job.orientations, norm);
   }
 }
 
@@ -280,9 +271,8 @@ void run(const Job& job, const Element* images, BlockShape shape, const LineMask
          Out* picture) {
   typedef typename A::T T;
   const std::shared_ptr<const Borders<A>> borders = borders_for<A>(job.orientations);
-  const bool in_place = std::is_same_v<typename A::Row, Element> && job.column_stride == 1 && !job.transform_sqrt;
   std::vector<Scratch<A>> scratch;
-  for (int64_t worker = 0; worker < worker_count(); ++worker) scratch.emplace_back(job, in_place);
+  for (int64_t worker = 0; worker < worker_count(); ++worker) scratch.emplace_back(job);
   const int64_t rows = job.batch * job.cells_down, row_length = job.cells_across * job.orientations;
   // Histograms are the features, or, padded, between the phases; of another type than these, of one row only.
   Buffer<Out> kept(cells ? 0 : rows * row_length + kPack<Out>);
@@ -300,7 +290,7 @@ void run(const Job& job, const Element* images, BlockShape shape, const LineMask
     const int64_t sample = i / job.cells_down, row = i % job.cells_down;
     const Out* own = histograms + i * row_length;
     if (phase == 0) {
-      const auto source = Source<A>::of(images + sample * job.batch_stride, in_place);
+      const auto source = Source<A>::of(images + sample * job.batch_stride);
       Out* to = histograms + i * row_length;
       Out* energies = blocks ? energy.get() + i * job.cells_across : nullptr;
       if constexpr (std::is_same_v<T, Out>) {
