@@ -123,7 +123,7 @@ struct Scratch {
   typedef typename A::Pixel Pixel;
 
   int64_t cells_together, stride;  // stride: padded pixels of a row
-  int64_t row_stride;              // of copied rows, which have a pixel more on either side
+  int64_t row_stride;              // of copied rows, which have a pack before (so that they are aligned) and after them
   Buffer<T> magnitude;
   Buffer<LaneInt<T>> bins;
   Buffer<typename A::Verdict> verdict;
@@ -132,7 +132,7 @@ struct Scratch {
   explicit Scratch(const Job& job)
       : cells_together(std::clamp<int64_t>(kPixelsTogether / (job.cell_rows * job.cell_columns), 1, job.cells_across)),
         stride(round_up(cells_together * job.cell_columns, kPack<Pixel>) + kPack<Pixel>),
-        row_stride(round_up(stride + 2, kAlignment)),
+        row_stride(round_up(stride + 2 * kPack<Pixel>, kAlignment)),
         magnitude(job.cell_rows * stride),
         bins(job.cell_rows * stride),
         verdict(stride),
@@ -188,7 +188,7 @@ INPAINT_INLINE void fill_cells_body(const Job& job, const Borders<A>& borders, c
   typedef typename A::T T;
   const int64_t row_step = job.channels * scratch.row_stride;
   const Votes<T> votes{scratch.magnitude.get(), scratch.bins.get(), scratch.stride};
-  typename A::Pixel* const start = scratch.rows.get() + row_step + 1;
+  typename A::Pixel* const start = scratch.rows.get() + row_step + kPack<typename A::Pixel>;
   for (int64_t first = 0; first < job.cells_across; first += scratch.cells_together) {
     const int64_t cells = std::min(scratch.cells_together, job.cells_across - first);
     const Region region{row * job.cell_rows, (row + 1) * job.cell_rows, first * job.cell_columns,
