@@ -31,6 +31,8 @@ SYSTEMS = (
     "edge_connect-knazeri",
 )
 SQUARES = ((256, 1, 64), (512, 1, 128), (256, 8, 64))
+CSA_SQUARES = ((256, 1, 128), (1024, 1, 512))
+"""With the published mask, the middle half of each side; its public network takes one image at a time."""
 GLCIC_PHOTOS = ((660, 1084), (540, 960))
 """Those of a published demonstration, 1083 x 658 and 960 x 540, in multiples of 4; a hole of 200 x 200 in each."""
 
@@ -45,6 +47,8 @@ def _cases(peers: Path | None) -> list[ModelCase]:
         if name in names
         for side, batch, hole in SQUARES
     ]
+    if "csa-official" in names:
+        cases += [ModelCase("csa-official", side, side, batch, hole, peers) for side, batch, hole in CSA_SQUARES]
     cases += [
         ModelCase(name, height, width, 1, 200, peers)
         for name in ("glcic-otenim", "glcic-mmagic")

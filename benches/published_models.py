@@ -9,10 +9,12 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from inpaint_kernels.models import key_maps
 from inpaint_kernels.models._interface import InpaintingModel
+from inpaint_kernels.models.csa import CSA, coarse_input, refinement_input
 from inpaint_kernels.models.deepfill_v1 import DeepFillV1
 from inpaint_kernels.models.deepfill_v2 import DeepFillV2
 from inpaint_kernels.models.edge_connect import EdgeConnect, canny, fold_spectral_norm, to_gray
@@ -20,8 +22,8 @@ from inpaint_kernels.models.glcic import GLCIC, PLACES2_MEAN
 from inpaint_kernels.models.partial_conv_unet import PartialConvUNet
 from torch import Tensor, nn
 
-from benches.peer_models import PEER_MODELS, Inputs, PeerModel, available_models, tensors_in
-from benches.peers import make_constants_on
+from benches.peer_models import PEER_MODELS, Inputs, PeerModel, csa_options, one_hole_mask, tensors_in, unit_image
+from benches.peers import CSA_REPOSITORY, csa_as_written_for, find_checkout, import_module, make_constants_on
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -84,7 +86,7 @@ class PublishedModel:
 
 
 def _peer(name: str) -> PeerModel:
-    return next(peer for peer in PEER_MODELS if peer.name == name)
+    return next(peer for peer in (*PEER_MODELS, _CSA_STAGES) if peer.name == name)
 
 
 class _Guided(nn.Module):
@@ -99,6 +101,41 @@ class _Guided(nn.Module):
         predicted = self.edge_generator(torch.cat([gray * (1 - mask) + mask, edges * (1 - mask), mask], 1))
         painted: Tensor = self.inpaint_generator(torch.cat([image * (1 - mask) + mask, predicted], 1))
         return painted
+
+
+class _CSAStages(nn.Module):
+    """CSA's two generators, called as its test does; the mask is that of each call, not the first one's for ever."""
+
+    def __init__(self, checkout: Path, size: int) -> None:
+        super().__init__()
+        networks = import_module(checkout, "models.networks")
+        options = csa_options(size)
+        options.skip = 1  # of what only computes a loss
+        norm, mask = networks.get_norm_layer("instance"), torch.zeros(1, 1, size, size, dtype=torch.uint8)
+        self.coarse_generator = networks.UnetGenerator(3, 3, 8, 64, norm)
+        self.refinement_generator = networks.UnetGeneratorCSA(6, 3, 8, options, mask, [], [], [], 64, norm)
+        networks.init_weights(self, "normal", 0.02)
+
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any
+        for layer in self.modules():
+            if type(layer).__name__ == "CSA_model":
+                layer.set_mask(mask[:1].byte(), 3, layer.threshold)
+                layer.cal_fixed_flag, layer.sp_x, layer.sp_y = True, None, None
+        hole = mask > 0
+        painted = self.coarse_generator(coarse_input(image, hole))
+        return painted, self.refinement_generator(refinement_input(image, hole, painted))
+
+
+_CSA_STAGES = PeerModel(
+    "csa_stages",
+    CSA_REPOSITORY,
+    _CSAStages,
+    lambda size, batch, seed: (unit_image(size, batch, seed), one_hole_mask(size, batch, seed)),
+    size=256,
+    batch=1,
+    running=csa_as_written_for,
+)
 
 
 def _canny_edges(image: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -272,13 +309,20 @@ PUBLISHED_MODELS = (
 )
 
 
+CSA_MODEL = PublishedModel(
+    "csa-official", "csa_stages", CSA, dict, lambda image, mask: (image, mask), _unsigned, coarse=True
+)
+"""Apart from the others: its public network takes one image at a time, with sides from 256 on."""
+
+
 def published_model(name: str) -> PublishedModel:
     """The pair of that name."""
-    return next(pair for pair in PUBLISHED_MODELS if pair.name == name)
+    return next(pair for pair in (*PUBLISHED_MODELS, CSA_MODEL) if pair.name == name)
 
 
 @functools.lru_cache
 def available_pairs(folder: Path | None) -> frozenset[str]:
     """Names of the pairs whose public network's checkout lies in ``folder``."""
-    there = {peer.name for peer in available_models(folder)}
-    return frozenset(pair.name for pair in PUBLISHED_MODELS if pair.peer_name in there)
+    return frozenset(
+        pair.name for pair in (*PUBLISHED_MODELS, CSA_MODEL) if find_checkout(pair.peer.repository, folder) is not None
+    )
