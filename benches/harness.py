@@ -328,7 +328,26 @@ def provenance() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "matrix_gflops": matrix_gflops(),
     }
+
+
+@functools.cache
+def matrix_gflops() -> int:
+    """Billions of float32 operations per second of torch's matrix product on the CPU, the quickest of some.
+
+    It is what absolute seconds of convolutions and attention are to be judged by: those of two machines compare as
+    these figures do.
+    """
+    side, products = 1536, 8
+    a, b = torch.ones(side, side), torch.ones(side, side)
+    out = torch.empty(side, side)
+    quickest = math.inf
+    for _ in range(products):
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        quickest = min(quickest, time.perf_counter() - begin)
+    return round(2 * side**3 / quickest / 1e9)
 
 
 def _cpu_model() -> str:

@@ -105,7 +105,10 @@ def provenance_line(races: Races) -> str:
 
 
 def _processor(source: dict[str, Any]) -> str:
-    return source["gpu"] if "gpu" in source else f"{source['cpu']}, {source['threads']} threads"
+    if "gpu" in source:
+        return str(source["gpu"])
+    processor = f"{source['cpu']}, {source['threads']} threads"
+    return f"{processor}, {source['matrix_gflops']} GFLOP/s in products" if "matrix_gflops" in source else processor
 
 
 def facts_of(contenders: dict[str, Contender]) -> dict[str, Any]:

@@ -59,12 +59,14 @@ class PackedWeights:
         packing: K,
         pack: Callable[[Tensor, K], Tensor],
         digest: Callable[[Tensor], int] | None = None,
+        *,
+        keep: bool = True,
     ) -> Tensor:
-        """The weight as ``pack(weight, packing)`` makes it, from here or made now.
+        """The weight as ``pack(weight, packing)`` makes it, from here or made now, and then kept here or not.
 
         ``digest`` of the weight tells whether it has changed; None: its version does.
         """
-        if not _may_be_kept(weight, digest is None):
+        if not _may_be_kept(weight, digest is None) or not (keep or id(weight) in self._entries):
             return pack(weight, packing)
         key = (packing, _stream(weight))
         state = (weight._version, weight.data_ptr()) if digest is None else digest(weight)
@@ -75,7 +77,8 @@ class PackedWeights:
                 entry.packed.move_to_end(key)
                 return entry.packed[key]
         packed = pack(weight, packing)
-        self._keep(weight, state, key, packed)
+        if keep:
+            self._keep(weight, state, key, packed)
         return packed
 
     def _keep(self, weight: Tensor, state: object, key: tuple[Hashable, int], packed: Tensor) -> None:

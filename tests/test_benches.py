@@ -164,7 +164,8 @@ def test_replayed_samples_are_what_the_timer_shows() -> None:
 def test_provenance_names_no_host() -> None:
     facts = harness.provenance()
     assert facts["threads"] == torch.get_num_threads()
-    assert set(facts) == {"cpu", "cores", "threads", "torch", "python", "system", "commit", "date"}
+    assert set(facts) == {"cpu", "cores", "threads", "torch", "python", "system", "commit", "date", "matrix_gflops"}
+    assert facts["matrix_gflops"] >= 1
 
 
 # Cases of contextual attention ---------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ class _Recorder:
     def __init__(self, packings):
         self.packings = packings
 
-    def get(self, weight, packing, pack, digest):
+    def get(self, weight, packing, pack, digest, keep):
         self.packings.append(packing)
         return pack(weight, packing)
 
@@ -266,6 +266,20 @@ def test_a_weight_is_packed_once_and_forgotten_with_it():
     del weight
     gc.collect()
     assert len(PACKED_WEIGHTS) == 0
+
+
+def test_no_copy_is_kept_of_a_weight_that_is_trained():
+    PACKED_WEIGHTS.clear()
+    x, weight = torch.randn(1, 16, 9, 9), torch.nn.Parameter(torch.randn(8, 16, 3, 3))
+    dilated_conv2d(x, weight, backend="cpu").sum().backward()
+    assert len(PACKED_WEIGHTS) == 0
+    with torch.no_grad():
+        expected = dilated_conv2d(x, weight, backend="cpu")
+    assert len(PACKED_WEIGHTS) == 1
+    assert torch.equal(dilated_conv2d(x, weight, backend="cpu"), expected)  # with the copy that is there
+    frozen = torch.randn(8, 16, 3, 3)
+    dilated_conv2d(x.clone().requires_grad_(), frozen, backend="cpu").sum().backward()
+    assert len(PACKED_WEIGHTS) == 2
 
 
 def test_digests_of_changed_weights_differ():

@@ -183,8 +183,8 @@ INPAINT_INLINE void vote(const Job& job, const Borders<A>& borders, const Scratc
                            scratch.row_stride};
   const GradientRow<A> gradients{scratch.down.get(), scratch.right.get()};
   find_gradients(from, count, scratch.verdict.get(), gradients);
-  if (region.left == 0) choose_gradient(from, 0, false, gradients);
-  if (region.left + count == job.width) choose_gradient(from, count - 1, false, gradients);
+  if (region.left == 0) choose_border_gradient(from, 0, gradients);
+  if (region.left + count == job.width) choose_border_gradient(from, count - 1, gradients);
   find_votes(borders, gradients.down, gradients.right, count, scratch.verdict.get(), bins, magnitude);
 }
 

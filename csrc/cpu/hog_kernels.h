@@ -246,21 +246,29 @@ INPAINT_INLINE Comparison<Shorts> compare<int16_t>(const Gradient<Shorts>& now, 
   return {more - (s.low > old.low) > 0, ((more | (s.low ^ old.low)) == 0) & ~(now.down == best.down)};
 }
 
-// The gradient at pixel i, in the channel where it is longest by the scalar formula. `inside`: the row has a pixel on
-// either side.
+// The gradient at pixel i, in the channel where it is longest by the scalar formula.
 template <class A>
-INPAINT_INLINE void choose_gradient(const Neighbours<A>& from, int64_t i, bool inside, const GradientRow<A>& to) {
-  typedef typename A::Pixel Pixel;
+INPAINT_INLINE void choose_gradient(const Neighbours<A>& from, int64_t i, const GradientRow<A>& to) {
   for (int64_t channel = 0; channel < from.channels; ++channel) {
-    Gradient<Pixel> now = gradient_at<Pixel>(from, channel, i);
-    if (!inside) now.right = 0;
-    if (channel > 0) {
-      const double length = A::length(now.down, now.right), longest = A::length(to.down[i], to.right[i]);
-      // The first NaN counts, as published.
-      if (!(length > longest || (std::isnan(length) && !std::isnan(longest)))) continue;
-    }
+    const auto now = gradient_at<typename A::Pixel>(from, channel, i);
+    if (channel > 0 && !(A::length(now.down, now.right) > A::length(to.down[i], to.right[i]))) continue;
     to.down[i] = now.down, to.right[i] = now.right;
   }
+}
+
+// The same at an image's left or right border, where there is no difference to the right.
+template <class A>
+INPAINT_INLINE void choose_border_gradient(const Neighbours<A>& from, int64_t i, const GradientRow<A>& to) {
+  typedef typename A::Pixel Pixel;
+  Pixel longest = 0;
+  for (int64_t channel = 0; channel < from.channels; ++channel) {
+    const int64_t at = i + channel * from.step;
+    const Pixel down = from.below[at] - from.above[at];
+    // The first NaN counts, as published.
+    const bool longer = std::abs(down) > std::abs(longest) || (down != down && longest == longest);
+    if (channel == 0 || longer) longest = down;
+  }
+  to.down[i] = longest, to.right[i] = 0;
 }
 
 // The gradients at pixels [0, count) in the channels where they are longest; rows and `to` are padded to whole packs,
@@ -296,7 +304,7 @@ INPAINT_INLINE void find_gradients(const Neighbours<A>& from, int64_t count, typ
   }
   if (!any_lane(unsure_seen)) return;
   for (int64_t i = 0; i < count; ++i)
-    if (unsure[i]) choose_gradient(from, i, true, to);
+    if (unsure[i]) choose_gradient(from, i, to);
 }
 
 // ---- Votes -------------------------------------------------------------------------------------------------------

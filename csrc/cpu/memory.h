@@ -25,7 +25,7 @@ class LargeBlocks {
  public:
   static constexpr int64_t kHugePage = int64_t{2} << 20;
   static constexpr int64_t kSmallest = 2 * kHugePage;
-  static constexpr int64_t kMostKept = int64_t{64} << 20;  // bytes in all
+  static constexpr int64_t kMostKept = int64_t{32} << 20;  // bytes in all
 
   static LargeBlocks& instance() {
     static LargeBlocks* const blocks = new LargeBlocks;  // never destroyed: threads may outlive static objects

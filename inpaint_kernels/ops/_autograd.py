@@ -7,14 +7,29 @@ because they equal their defaults; the schemas of this package have none.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+
+class _Recording(threading.local):
+    """Whether this thread computes an op whose gradient will be asked for."""
+
+    on = False
+
+
+_recording = _Recording()
+
 SetUp = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Any, ...]]
+
+
+def is_trained(parameter: Tensor) -> bool:
+    """Whether the op that is computed right now will be asked for this argument's gradient: it soon changes."""
+    return _recording.on and parameter.requires_grad
 
 
 def register_autograd(
@@ -40,7 +55,11 @@ def register_autograd(
         @staticmethod
         def forward(ctx: Any, *arguments_and_keyset: Any) -> Any:
             *arguments, keyset = arguments_and_keyset
-            output = compute(keyset, tuple(arguments))
+            before, _recording.on = _recording.on, True
+            try:
+                output = compute(keyset, tuple(arguments))
+            finally:
+                _recording.on = before
             if setup_context is not None:
                 setup_context(ctx, tuple(arguments), output)
             return output

@@ -24,6 +24,7 @@ from inpaint_kernels._checks import (
 from inpaint_kernels._compile import constant_for_compile
 from inpaint_kernels._map_memory import empty_map
 from inpaint_kernels._packed_weights import PACKED_WEIGHTS
+from inpaint_kernels.ops._autograd import is_trained
 from inpaint_kernels.ops._common import always
 from inpaint_kernels.portable._convolution import (
     Activation,
@@ -335,6 +336,9 @@ def cpu_weight(
     """The weight of a call for the CPU kernels, packed now or when the same values were last used: bytes.
 
     And whether it was packed for few outputs. Of the weight itself the kernels read the shape only.
+
+    No copy is kept of a weight that is trained, which changes before it is used again (measured: a step of daa233's
+    network at 256 x 256 takes 254 instead of 318 MiB).
     """
     height, width = geometry.output_of(x, weight)
     unit_stride = geometry.stride == (1, 1)
@@ -342,7 +346,8 @@ def cpu_weight(
     most = _FEW_WINOGRAD_OUTPUTS if winograd else _FEW_OUTPUTS
     few_outputs = weight.numel() >= _LARGE_WEIGHT and x.shape[0] * height * width <= most
     packing = _CpuPacking(gated, gate_first, unit_stride, few_outputs)
-    return PACKED_WEIGHTS.get(weight, packing, _pack_cpu_weight, _digest), few_outputs
+    packed = PACKED_WEIGHTS.get(weight, packing, _pack_cpu_weight, _digest, keep=not is_trained(weight))
+    return packed, few_outputs
 
 
 def _pack_cpu_weight(weight: Tensor, packing: _CpuPacking) -> Tensor:
