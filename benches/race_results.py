@@ -101,14 +101,21 @@ def provenance_line(races: Races) -> str:
     precisions = " and ".join(
         sorted({facts_of(contenders).get("precision", "float32") for contenders in races.values()})
     )
-    return "Measured on " + "; ".join(sorted(lines)) + f". Median wall times of interleaved rounds, {precisions}."
+    measured = f"Measured on {'; '.join(sorted(lines))}. Median wall times of interleaved rounds, {precisions}."
+    return measured + _products(sources)
 
 
 def _processor(source: dict[str, Any]) -> str:
-    if "gpu" in source:
-        return str(source["gpu"])
-    processor = f"{source['cpu']}, {source['threads']} threads"
-    return f"{processor}, {source['matrix_gflops']} GFLOP/s in products" if "matrix_gflops" in source else processor
+    return source["gpu"] if "gpu" in source else f"{source['cpu']}, {source['threads']} threads"
+
+
+def _products(sources: Sequence[dict[str, Any]]) -> str:
+    """How quick the CPU was, where races tell."""
+    rates = [source["matrix_gflops"] for source in sources if "matrix_gflops" in source and "gpu" not in source]
+    if not rates:
+        return ""
+    least, most = min(rates), max(rates)
+    return f" Torch's own matrix product made {least}{f' to {most}' if most > least else ''} GFLOP/s there."
 
 
 def facts_of(contenders: dict[str, Contender]) -> dict[str, Any]:

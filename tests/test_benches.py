@@ -454,6 +454,20 @@ def stored(case: str, provider: str, wall: list[float], **facts: Any) -> dict[st
     return {"extra_info": {**info, **facts}, "stats": {"data": wall}}
 
 
+def test_tables_tell_how_quick_the_cpu_was(tmp_path: Path) -> None:
+    races = []
+    for case, rate in (("small", 174), ("big", 141)):
+        entry = stored(case, "ours", [1.0])
+        entry["extra_info"]["provenance"] = {**entry["extra_info"]["provenance"], "matrix_gflops": rate}
+        races.append(entry)
+    file = tmp_path / "races.json"
+    for count, told in ((2, "made 141 to 174 GFLOP/s"), (1, "made 174 GFLOP/s"), (0, None)):
+        benchmarks = races[:count] or [stored("small", "ours", [1.0])]
+        file.write_text(json.dumps({"datetime": "2026-01-01", "benchmarks": benchmarks}))
+        line = race_results.provenance_line(race_results.load([file]))
+        assert told in line if told else "GFLOP/s" not in line
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     race = [
