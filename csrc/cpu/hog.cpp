@@ -126,7 +126,7 @@ struct Scratch {
   int64_t row_stride;              // of copied rows, which have a pack before (so that they are aligned) and after them
   Buffer<T> magnitude;
   Buffer<LaneInt<T>> bins;
-  Buffer<typename A::Verdict> verdict;
+  Buffer<SameSizeInt<Pixel>> verdict;
   Buffer<Pixel> down, right, nothing, rows;  // `nothing`: zeros
 
   explicit Scratch(const Job& job)

@@ -15,12 +15,13 @@ constexpr int kPack = 32 / sizeof(T);
 template <class T>
 using Pack = typename VectorOf<T, 32>::type;
 template <class T>
-using PackMask = typename VectorOf<std::conditional_t<sizeof(T) == 2, int16_t, LaneInt<T>>, 32>::type;
+using SameSizeInt = std::conditional_t<sizeof(T) == 2, int16_t, LaneInt<T>>;
+template <class T>
+using PackMask = typename VectorOf<SameSizeInt<T>, 32>::type;
 typedef Pack<int16_t> Shorts;
 
 // ---- Arithmetic --------------------------------------------------------------------------------------------------
-// Images are read as Pixel, which their differences are too; Verdict is an integer of that size; T is what magnitudes
-// are.
+// Images are read as Pixel, which their differences are too; T is what magnitudes are.
 
 // length() is what channels are compared by, with the rounding of numpy.hypot: of two that are equal the first counts.
 
@@ -28,7 +29,6 @@ typedef Pack<int16_t> Shorts;
 // different numbers: the C library's hypot is not correctly rounded.
 struct EightBit {
   typedef int16_t Pixel;
-  typedef int16_t Verdict;
   typedef float T;
   static double length(double down, double right) { return std::hypot(down, right); }
 };
@@ -36,7 +36,6 @@ struct EightBit {
 // 16 bits: the differences are exact.
 struct SixteenBit {
   typedef float Pixel;
-  typedef LaneInt<float> Verdict;
   typedef float T;
   static double length(double down, double right) { return std::hypot(down, right); }
 };
@@ -44,7 +43,6 @@ struct SixteenBit {
 // float images: numpy.hypot is correctly rounded.
 struct Single {
   typedef float Pixel;
-  typedef LaneInt<float> Verdict;
   typedef float T;
   static double length(double down, double right) { return static_cast<float>(std::sqrt(down * down + right * right)); }
 };
@@ -52,7 +50,6 @@ struct Single {
 // Everything else in double.
 struct Wide {
   typedef double Pixel;
-  typedef LaneInt<double> Verdict;
   typedef double T;
   static double length(double down, double right) { return std::hypot(down, right); }
 };
@@ -274,7 +271,7 @@ INPAINT_INLINE void choose_border_gradient(const Neighbours<A>& from, int64_t i,
 // The gradients at pixels [0, count) in the channels where they are longest; rows and `to` are padded to whole packs,
 // and `unsure` is scratch.
 template <class A>
-INPAINT_INLINE void find_gradients(const Neighbours<A>& from, int64_t count, typename A::Verdict* unsure,
+INPAINT_INLINE void find_gradients(const Neighbours<A>& from, int64_t count, SameSizeInt<typename A::Pixel>* unsure,
                                    const GradientRow<A>& to) {
   typedef typename A::Pixel Pixel;
   typedef Pack<Pixel> V;
@@ -361,7 +358,7 @@ INPAINT_INLINE void finish_votes(const Borders<EightBit>& borders, const int16_t
 
 template <class A>
 INPAINT_INLINE void find_votes(const Borders<A>& borders, const typename A::T* __restrict down,
-                               const typename A::T* __restrict right, int64_t count, typename A::Verdict*,
+                               const typename A::T* __restrict right, int64_t count, SameSizeInt<typename A::Pixel>*,
                                LaneInt<typename A::T>* bins, typename A::T* __restrict magnitude) {
   find_bins(borders, down, right, count, bins);
   for (int64_t i = 0; i < count; ++i) magnitude[i] = std::sqrt(squared_length(down[i], right[i]));
@@ -456,7 +453,8 @@ template <bool whole, class T>
 INPAINT_INLINE void fill_histogram_body(const Votes<T>& votes, int64_t left, int64_t rows, int64_t columns,
                                         int64_t orientations, T* histogram) {
   const T share = T(1) / static_cast<T>(rows * columns);
-  // As many sums as fit into 16 registers with their operands.
+  // Nines and fours: as many sums as fit into 16 registers with their operands. A first bin that is a constant saves
+  // setting nine constants for every cell.
   if (orientations == 9) return fill_bins<9, whole>(votes, left, rows, columns, 0, share, histogram);
   int64_t first = 0;
   for (; orientations % 9 == 0 && first < orientations; first += 9)
