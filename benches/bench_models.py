@@ -41,14 +41,13 @@ def _cases(peers: Path | None) -> list[ModelCase]:
     if peers is None:
         return []
     names = available_pairs(peers)
+    squares = {**dict.fromkeys(SYSTEMS, SQUARES), "csa-official": CSA_SQUARES}
     cases = [
         ModelCase(name, side, side, batch, hole, peers)
-        for name in SYSTEMS
+        for name, sizes in squares.items()
         if name in names
-        for side, batch, hole in SQUARES
+        for side, batch, hole in sizes
     ]
-    if "csa-official" in names:
-        cases += [ModelCase("csa-official", side, side, batch, hole, peers) for side, batch, hole in CSA_SQUARES]
     cases += [
         ModelCase(name, height, width, 1, 200, peers)
         for name in ("glcic-otenim", "glcic-mmagic")

@@ -306,6 +306,23 @@ def csa_options(size: int) -> SimpleNamespace:
     )
 
 
+def csa_coarse(checkout: Path, channels: int = 64, depth: int = 8) -> nn.Module:
+    """CSA's netP."""
+    networks = import_module(checkout, "models.networks")
+    model: nn.Module = networks.UnetGenerator(3, 3, depth, channels, networks.get_norm_layer("instance"))
+    return model
+
+
+def csa_refinement(checkout: Path, mask: Tensor, channels: int = 64, depth: int = 8) -> nn.Module:
+    """CSA's netG for a mask [1, 1, H, W], without the parts that only compute a loss: these know 512 channels alone."""
+    networks = import_module(checkout, "models.networks")
+    options = csa_options(max(mask.shape))
+    options.skip = 1
+    norm = networks.get_norm_layer("instance")
+    model: nn.Module = networks.UnetGeneratorCSA(6, 3, depth, options, mask.byte(), [], [], [], channels, norm)
+    return model
+
+
 def csa_depth(size: int) -> int:
     """Halvings of its networks, that end in one pixel: the published 8 are for images of 256."""
     return min(8, size.bit_length() - 1)

@@ -22,7 +22,16 @@ from inpaint_kernels.models.glcic import GLCIC, PLACES2_MEAN
 from inpaint_kernels.models.partial_conv_unet import PartialConvUNet
 from torch import Tensor, nn
 
-from benches.peer_models import PEER_MODELS, Inputs, PeerModel, csa_options, one_hole_mask, tensors_in, unit_image
+from benches.peer_models import (
+    PEER_MODELS,
+    Inputs,
+    PeerModel,
+    csa_coarse,
+    csa_refinement,
+    one_hole_mask,
+    tensors_in,
+    unit_image,
+)
 from benches.peers import CSA_REPOSITORY, csa_as_written_for, find_checkout, import_module, make_constants_on
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -108,13 +117,9 @@ class _CSAStages(nn.Module):
 
     def __init__(self, checkout: Path, size: int) -> None:
         super().__init__()
-        networks = import_module(checkout, "models.networks")
-        options = csa_options(size)
-        options.skip = 1  # of what only computes a loss
-        norm, mask = networks.get_norm_layer("instance"), torch.zeros(1, 1, size, size, dtype=torch.uint8)
-        self.coarse_generator = networks.UnetGenerator(3, 3, 8, 64, norm)
-        self.refinement_generator = networks.UnetGeneratorCSA(6, 3, 8, options, mask, [], [], [], 64, norm)
-        networks.init_weights(self, "normal", 0.02)
+        self.coarse_generator = csa_coarse(checkout)
+        self.refinement_generator = csa_refinement(checkout, torch.zeros(1, 1, size, size))
+        import_module(checkout, "models.networks").init_weights(self, "normal", 0.02)
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any
@@ -314,15 +319,15 @@ CSA_MODEL = PublishedModel(
 )
 """Apart from the others: its public network takes one image at a time, with sides from 256 on."""
 
+RACED_MODELS = (*PUBLISHED_MODELS, CSA_MODEL)
+
 
 def published_model(name: str) -> PublishedModel:
     """The pair of that name."""
-    return next(pair for pair in (*PUBLISHED_MODELS, CSA_MODEL) if pair.name == name)
+    return next(pair for pair in RACED_MODELS if pair.name == name)
 
 
 @functools.lru_cache
 def available_pairs(folder: Path | None) -> frozenset[str]:
     """Names of the pairs whose public network's checkout lies in ``folder``."""
-    return frozenset(
-        pair.name for pair in (*PUBLISHED_MODELS, CSA_MODEL) if find_checkout(pair.peer.repository, folder) is not None
-    )
+    return frozenset(pair.name for pair in RACED_MODELS if find_checkout(pair.peer.repository, folder) is not None)

@@ -19,7 +19,7 @@ from inpaint_kernels.models.csa import RefinementGenerator as CSARefinementGener
 from inpaint_kernels.models.edge_connect import Discriminator, EdgeGenerator, InpaintGenerator
 from torch import Tensor, nn
 
-from benches.peer_models import csa_options
+from benches.peer_models import csa_coarse, csa_refinement
 from benches.peers import CSA_REPOSITORY, as_written_for, csa_as_written_for, import_file, import_module
 from inpaint_kernels import nn as kernels
 
@@ -154,20 +154,12 @@ def csa_mask(size: Size) -> Tensor:
 
 def published_coarse(checkout: Path, channels: int = CSA_CHANNELS, depth: int = CSA_DEPTH) -> nn.Module:
     """netP."""
-    networks = csa_networks(checkout)
-    model: nn.Module = networks.UnetGenerator(3, 3, depth, channels, networks.get_norm_layer("instance"))
-    return model
+    return csa_coarse(checkout, channels, depth)
 
 
 def published_refinement(checkout: Path, size: Size, channels: int = CSA_CHANNELS, depth: int = CSA_DEPTH) -> nn.Module:
-    """netG, without the parts that only compute a loss: these know 512 channels alone."""
-    networks = csa_networks(checkout)
-    options = csa_options(max(size))
-    options.skip = 1
-    norm = networks.get_norm_layer("instance")
-    mask = csa_mask(size).byte()
-    model: nn.Module = networks.UnetGeneratorCSA(6, 3, depth, options, mask, [], [], [], channels, norm)
-    return model
+    """netG."""
+    return csa_refinement(checkout, csa_mask(size), channels, depth)
 
 
 def _unet_inputs(size: Size, batch: int) -> tuple[Tensor]:
