@@ -128,7 +128,7 @@ class RaceResult:
             largest_relative_error=measurement.error,
             noise=self.noise,
             **self.case.facts(),
-            provenance=harness.provenance(),
+            provenance={**harness.provenance(), "matrix_gflops": harness.matrix_gflops()},
         )
 
 

@@ -22,7 +22,8 @@ from inpaint_kernels.models._regions import working_memory
 from inpaint_kernels.nn import DilatedConv2d
 
 _BYTES_OF_KERNELS = 52 << 20
-"""What kernels, threads and the gaps of the heap take for an image of any size, measured with 64 x 64 pixels."""
+"""What kernels, threads and the gaps of the heap take for an image of any size; with it estimates for 512 x 512 pixels
+are 0.86 (CSA) to 1.19 (DeepFill v1) of what a process grows by."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

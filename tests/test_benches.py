@@ -164,8 +164,11 @@ def test_replayed_samples_are_what_the_timer_shows() -> None:
 def test_provenance_names_no_host() -> None:
     facts = harness.provenance()
     assert facts["threads"] == torch.get_num_threads()
-    assert set(facts) == {"cpu", "cores", "threads", "torch", "python", "system", "commit", "date", "matrix_gflops"}
-    assert facts["matrix_gflops"] >= 1
+    assert set(facts) == {"cpu", "cores", "threads", "torch", "python", "system", "commit", "date"}
+
+
+def test_the_rate_of_products_is_that_of_a_processor() -> None:
+    assert 1 <= harness.matrix_gflops() < 1e6
 
 
 # Cases of contextual attention ---------------------------------------------------------------------------------------
